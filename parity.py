@@ -1,0 +1,406 @@
+"""Can a Transformer encoder tell odd from even, and how small may it be?
+
+The input is a string of bits, the class is its parity: 1 if the number of ones is odd, else 0. A Transformer encoder
+built from its parts (attention, multi-head attention, block, classifier) learns it from 800 random strings.
+
+It is a harder task than it looks. The answer changes with every single bit, so nothing less than all of them helps, and
+the loss stays at ln 2 for a few hundred steps before it suddenly falls. And the model has no positions: it cannot tell
+0011 from 1010. For parity that is no loss, since the order of the bits does not matter, and it has three consequences
+that this file makes use of:
+
+  * Of the 2^T strings of length T the model sees only T + 1 different ones, one for each number of ones. So its
+    accuracy need not be estimated on a test set: it is *computed*, over all 2^T strings, from T + 1 of them.
+  * More than half of the 200 validation strings also occur among the 800 training strings, and all the others are
+    reorderings of one that does (but for the rarest counts). `accuracy_all` is the number to believe.
+  * A string and the same string written twice have the same logits at any width and any depth: attention is a weighted
+    mean over the tokens, and doubling every token changes no weighted mean. But the doubled string is always even. So
+    no member of this family, however large, computes parity for *all* lengths; it learns one length at a time.
+
+    python parity.py                    the exercise's model, 2,426 parameters, on strings of length 10
+    python parity.py --d_model 16       a wider one
+    python parity.py --sweep            the smallest configuration that still works, in a few minutes
+
+You will see the loss start at ln 2 and the accuracy over all 1,024 strings go from 0.5 to 1.0, and two pictures in out/:
+the curves beside the sawtooth that the model has learned (the difference of its two logits against the number of ones),
+and what its heads attend to.
+
+The sweep's answer. 100 parameters (d_model 3, everything else 1) get all 1,024 strings right. 58 parameters (d_model 2)
+pass 0.95, with luck: a LayerNorm over two features is nearly a sign function, and gradients see little of a sign. With
+d_model 1 it cannot work: a LayerNorm over one feature subtracts the feature from itself and returns its bias whatever
+comes in, so the final one hands the same number to the classifier for every string, and parity, odd for exactly half of
+all strings, is right for half of them. As every other size is at least 1, fewer than 58 parameters cannot work with
+even one block. Without any block mean pooling alone can count at a fixed length, with hardly more parameters.
+
+Transformers *with* positions fare better, but not by much: no one-layer transformer computes parity for all lengths
+(Kozachinskiy, Steifer and Walega 2026, https://arxiv.org/abs/2602.05896), long strings leave any transformer with fixed
+weights ever less certain (Hahn 2020, https://arxiv.org/abs/1906.06755), and with two layers there is a construction
+that works (Chiang and Cholak 2022, https://arxiv.org/abs/2202.12172).
+
+The model is the encoder of Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762) with the LayerNorms moved in front of
+the sublayers, as in Xiong et al. 2020 (https://arxiv.org/abs/2002.04745).
+"""
+
+import math
+import os
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attention import attention, fail, make_parser, number, plot_attention, print_result, progress, run, save, \
+    save_figure, start
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model. B strings, T bits in each; every module but the last keeps the shape (B, T, d_model).
+
+
+class SelfAttention(nn.Module):
+    """One head: every token asks all tokens (Vaswani et al. 2017, section 3.2.1). (B, T, d_model) -> the same shape."""
+
+    def __init__(self, d_model, d_key):
+        super().__init__()
+        self.w_q = nn.Linear(d_model, d_key)
+        self.w_k = nn.Linear(d_model, d_key)
+        self.w_v = nn.Linear(d_model, d_model)
+
+    def forward(self, x):
+        query, key, value = self.w_q(x), self.w_k(x), self.w_v(x)        # (B, T, d_key) twice, (B, T, d_model)
+        output, _ = attention(query, key, value)                         # (B, T, d_model)
+        return output
+
+
+class MultiHeadSelfAttention(nn.Module):
+    """Several heads side by side, mixed by one linear map (section 3.2.2). (B, T, d_model) -> the same shape.
+
+    Each head is a module of its own because that is how the formula reads; `nn.MultiheadAttention` computes all heads
+    in one matrix product, and lets each return only d_model / n_heads numbers.
+    """
+
+    def __init__(self, d_model, d_key, n_heads):
+        super().__init__()
+        self.heads = nn.ModuleList(SelfAttention(d_model, d_key) for _ in range(n_heads))
+        self.w_o = nn.Linear(n_heads * d_model, d_model)
+
+    def forward(self, x):
+        x = torch.cat([head(x) for head in self.heads], dim=-1)          # (B, T, n_heads * d_model)
+        return self.w_o(x)                                               # (B, T, d_model)
+
+
+class TransformerBlock(nn.Module):
+    """Attention mixes the tokens, then an MLP works on each alone; both *add* to x. (B, T, d_model) -> the same shape.
+
+    Pre-norm: x itself is never normalised, so gradients reach the embedding through the sums alone.
+    """
+
+    def __init__(self, d_model, d_key, n_heads, mlp_factor=4):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(d_model)
+        self.attn = MultiHeadSelfAttention(d_model, d_key, n_heads)
+        self.ln2 = nn.LayerNorm(d_model)
+        self.mlp = nn.Sequential(nn.Linear(d_model, mlp_factor * d_model), nn.SiLU(),
+                                 nn.Linear(mlp_factor * d_model, d_model))
+
+    def forward(self, x):
+        x = x + self.attn(self.ln1(x))                                   # (B, T, d_model)
+        x = x + self.mlp(self.ln2(x))                                    # (B, T, d_model)
+        return x
+
+
+class TransformerClassifier(nn.Module):
+    """Token numbers (B, T) -> logits (B, n_classes). There is no positional encoding: the order is invisible."""
+
+    def __init__(self, n_embeds, n_classes, d_model=256, d_key=64, n_heads=4, mlp_factor=4, n_layers=2):
+        super().__init__()
+        self.token_embedding = nn.Embedding(n_embeds, d_model)
+        self.transformer_model = nn.Sequential(*[TransformerBlock(d_model, d_key, n_heads, mlp_factor)
+                                                 for _ in range(n_layers)])
+        self.final_layer_norm = nn.LayerNorm(d_model)
+        self.classifier = nn.Sequential(nn.Linear(d_model, d_model), nn.SiLU(), nn.Linear(d_model, n_classes))
+
+    def forward(self, tokens):
+        x = self.token_embedding(tokens)                                 # (B, T, d_model)
+        x = self.transformer_model(x)                                    # (B, T, d_model)
+        x = self.final_layer_norm(x).mean(dim=1)                         # (B, d_model)
+        return self.classifier(x)                                        # (B, n_classes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data, and an accuracy without a test set
+
+
+def make_strings(n_samples, seq_len):
+    """Random bit strings (n_samples, seq_len) and their parities (n_samples,), both integers."""
+    strings = torch.randint(2, (n_samples, seq_len))                     # (n_samples, seq_len)
+    return strings, strings.sum(dim=1) % 2                               # (n_samples,)
+
+
+def one_string_per_count(seq_len):
+    """Strings with 0, 1, ..., seq_len ones (T+1, T), their parities (T+1,), and their shares of all 2^T strings (T+1,).
+
+    Of the 2^T strings, binomial(T, c) have c ones, and the model cannot tell these apart.
+    """
+    counts = torch.arange(seq_len + 1)                                   # (T+1,)
+    strings = (torch.arange(seq_len) < counts.unsqueeze(1)).long()       # (T+1, T)
+    shares = torch.tensor([math.comb(seq_len, c) / 2 ** seq_len for c in range(seq_len + 1)])
+    return strings, counts % 2, shares
+
+
+@torch.no_grad()
+def exact_accuracy(model, seq_len):
+    """The share of all 2^seq_len strings that `model` gets right, and for each number of ones whether it does (T+1,)."""
+    strings, parities, shares = (t.to(next(model.parameters()).device) for t in one_string_per_count(seq_len))
+    correct = model(strings).argmax(dim=1) == parities                   # (T+1,)
+    return shares[correct].sum().item(), correct
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The smallest configuration: many seeds of one configuration at once, down a ladder of sizes
+#
+# The sweep asks what can be *learned*, not whether it generalises: it trains on the whole distribution of inputs, all
+# 2^T strings, which is to say on T + 1 of them weighted by their shares. So small a problem leaves a computer idle; 256
+# models side by side cost little more than one.
+
+LADDER = [  # d_model, d_key, n_heads, mlp_factor, n_layers; how many seeds
+    ((8, 8, 2, 4, 2), 8),
+    ((8, 4, 1, 1, 1), 32),
+    ((4, 1, 1, 1, 1), 32),
+    ((3, 1, 1, 1, 1), 64),
+    ((2, 1, 1, 1, 1), 256),
+    ((1, 1, 1, 1, 1), 8),
+    ((8, 1, 1, 1, 0), 64),  # no block at all: d_key, n_heads and mlp_factor mean nothing here
+    ((5, 1, 1, 1, 0), 64),
+    ((4, 1, 1, 1, 0), 64),
+    ((2, 1, 1, 1, 0), 64),
+]
+
+
+def train_many(sizes, seeds, seq_len, steps, device, lr=0.01):
+    """Train one model for each seed, all at once; returns each one's best accuracy (S,) and its weights at that moment.
+
+    A string counts as right only if its logits are at least 0.001 apart. Without that, chance wins: when a model's two
+    logits are equal but for rounding, the pattern of the roundings is a lottery with 2^11 tickets, played in every step.
+    """
+    strings, parities, shares = (t.to(device) for t in one_string_per_count(seq_len))
+    models = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        models.append(TransformerClassifier(2, 2, *sizes).to(device))
+    weights, _ = torch.func.stack_module_state(models)                   # each (S, ...): a slice for each model
+    forward = torch.func.vmap(lambda one: torch.func.functional_call(models[0], one, (strings,)))
+    optimizer = torch.optim.Adam(weights.values(), lr=lr, betas=(0.9, 0.95))   # the recipe of main() below; Adam works
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=False)  # number by
+    best = torch.zeros(len(models), device=device)                       # (S,) number, so no model disturbs another
+    kept = {name: value.detach().clone() for name, value in weights.items()}
+    for _ in range(steps):
+        margins = forward(weights).diff(dim=-1).squeeze(-1) * (2 * parities - 1)         # (S, T+1) > 0 is right
+        with torch.no_grad():  # the smallest models do not stay where they work, so keep the best moment of each
+            accuracy = ((margins > 0.001) * shares).sum(dim=1)           # (S,)
+            better = accuracy > best
+            best[better] = accuracy[better]
+            for name, value in weights.items():
+                kept[name][better] = value[better]
+        optimizer.zero_grad()
+        (F.softplus(-margins) * shares).sum().backward()                 # softplus(-margin) is the cross-entropy of two
+        gradients = [value.grad for value in weights.values()]           # each (S, ...)
+        norms = sum(g.flatten(1).square().sum(dim=1) for g in gradients).sqrt()          # (S,)
+        for g in gradients:                                              # clip each model's gradient to norm 1
+            g /= norms.clamp_min(1.0).view(-1, *[1] * (g.ndim - 1))
+        optimizer.step()
+        scheduler.step()
+    return best, kept
+
+
+def check_on_all_strings(sizes, weights, seq_len):
+    """Accuracy over all 2^seq_len real strings in float64, and the smallest distance between the two logits."""
+    model = TransformerClassifier(2, 2, *sizes)
+    model.load_state_dict(weights)
+    strings = torch.cartesian_prod(*[torch.arange(2)] * seq_len)         # (2^T, T)
+    with torch.no_grad():
+        logits = model.double()(strings)                                 # (2^T, 2)
+    return (logits.argmax(1) == strings.sum(1) % 2).double().mean().item(), logits.diff(dim=1).abs().min().item()
+
+
+def sweep(args):
+    """Train every rung of the ladder, print the table, draw it; check and save the smallest models that work."""
+    print("d_model  d_key  n_heads  mlp_factor  n_layers | params  seeds    best  median  > 0.95  all right")
+    rungs = []
+    for sizes, n_seeds in LADDER:
+        best, weights = train_many(sizes, range(args.seed, args.seed + n_seeds), args.seq_len, 3000, args.device)
+        weights = {name: value[best.argmax()].cpu() for name, value in weights.items()}
+        params = sum(value.numel() for value in weights.values())
+        print("{:7} {:6} {:8} {:11} {:9}".format(*sizes), f"| {params:6} {n_seeds:6} {best.max():7.4f} {best.median():7.4f}"
+              f" {(best > 0.95).float().mean():7.3f} {(best == 1).float().mean():10.3f}", flush=True)
+        rungs.append((sizes, params, best.cpu(), weights))
+    plot_sweep(rungs, os.path.join(args.out_dir, "parity_sweep.png"), args.show)
+    for threshold in (1.0, 0.95):
+        working = [rung for rung in rungs if rung[0][4] > 0 and rung[2].max() >= threshold]
+        if not working:
+            print(f"no model with a block reached {threshold}")
+            continue
+        sizes, params, best, weights = min(working, key=lambda rung: rung[1])
+        accuracy, margin = check_on_all_strings(sizes, weights, args.seq_len)
+        path = os.path.join(args.out_dir, f"parity_{params}.pt")
+        save(path, lambda temporary: torch.save({"sizes": sizes, "weights": weights}, temporary))
+        print(f"smallest with a block and accuracy >= {threshold}: {params} parameters, d_model {sizes[0]}; in float64 on "
+              f"all {2 ** args.seq_len} strings: accuracy {accuracy:.6f}, logits at least {margin:.2g} apart; saved: {path}")
+    return accuracy, params
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def plot_sweep(rungs, path, show):
+    """Accuracy against parameters, one dot for each seed, models with a block beside models without."""
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for with_block, color, shift in ((True, "tab:blue", 0.98), (False, "tab:orange", 1.02)):
+        chosen = sorted((rung for rung in rungs if (rung[0][4] > 0) == with_block), key=lambda rung: rung[1])
+        for _, params, best, _ in chosen:
+            axis.plot([params * shift] * len(best), best.tolist(), "o", color=color, alpha=0.15, markeredgewidth=0)
+        axis.plot([rung[1] * shift for rung in chosen], [rung[2].max().item() for rung in chosen], "o-" if with_block else "s--",
+                  color=color, label="best, at least one block" if with_block else "best, no block (mean pooling alone)")
+    axis.axhline(0.95, color="grey", linestyle=":", label="0.95")
+    axis.set(xscale="log", xlabel="parameters", ylabel="accuracy over all strings (one dot a seed)")
+    axis.set_xticks([rung[1] for rung in rungs], [str(rung[1]) for rung in rungs], rotation=45)
+    axis.minorticks_off()
+    axis.legend(loc="lower right")
+    save_figure(figure, path, show)
+
+
+def plot_training(model, history, seq_len, path, show):
+    """Left: loss and accuracy over training. Right: the sawtooth, logit difference against the number of ones."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    steps, losses, accuracies = zip(*history)
+    left.plot(steps, losses, color="tab:blue", label="training loss")
+    left.axhline(math.log(2), color="grey", linestyle=":", label="ln 2: knowing nothing")
+    left.plot(steps, accuracies, color="tab:orange", linestyle="--", label=f"accuracy over all strings of length {seq_len}")
+    left.set(xlabel="step", ylabel="loss (nats), accuracy (fraction)", ylim=(-0.03, 1.08))
+    left.legend()
+    strings, parities, _ = (t.to(next(model.parameters()).device) for t in one_string_per_count(seq_len))
+    with torch.no_grad():
+        difference = model(strings).diff(dim=1).squeeze(1).tolist()      # (T+1,) logit of odd - logit of even
+    right.axhline(0, color="grey", linewidth=0.8)
+    right.plot(range(seq_len + 1), difference, color="lightgrey", zorder=0)
+    for parity, name, marker in ((0, "even", "o"), (1, "odd", "^")):
+        right.scatter(range(parity, seq_len + 1, 2), difference[parity::2], marker=marker, label=f"{name} number of ones")
+    right.set(xlabel="number of ones in the string", ylabel="logit(odd) - logit(even)", title="above 0 it answers odd")
+    right.legend()
+    save_figure(figure, path, show)
+
+
+@torch.no_grad()
+def plot_heads(model, seq_len, path, show):
+    """What each head of the first two blocks attends to, in two strings that differ in one bit."""
+    device = next(model.parameters()).device
+    strings = torch.stack([torch.arange(seq_len) % 3 == 1, torch.arange(seq_len) % 3 == 1]).long().to(device)  # (2, T)
+    strings[1, -1] = 1 - strings[1, -1]
+    x = model.token_embedding(strings)                                   # (2, T, d_model)
+    panels, titles = [], []
+    for n, block in enumerate(model.transformer_model[:2]):
+        h = block.ln1(x)                                                 # (2, T, d_model)
+        for i, head in enumerate(block.attn.heads[:4]):
+            panels.append(attention(head.w_q(h), head.w_k(h), head.w_v(h))[1])             # (2, T, T)
+            titles.append(f"block {n + 1}, head {i + 1}")
+        x = block(x)                                                     # (2, T, d_model)
+    weights = torch.stack(panels, dim=1).flatten(0, 1)                   # (2 * heads, T, T)
+    labels = [string for string in strings.tolist() for _ in panels]
+    plot_attention(weights, labels, labels, path, titles * 2, show=show)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line, and the training loop
+
+
+def main(argv=None):
+    """Train one classifier and draw what it learned, or sweep for the smallest one."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--seq_len", type=number(int, 1, 500), default=10, help="bits in each string")
+    parser.add_argument("--n_samples", type=number(int, 5, 10 ** 9), default=1000, help="random strings, 4/5 to train on")
+    parser.add_argument("--d_model", type=number(int, 1, 4096), default=8, help="width of the model")
+    parser.add_argument("--d_key", type=number(int, 1, 4096), default=8, help="width of queries and keys")
+    parser.add_argument("--n_heads", type=number(int, 1, 64), default=2, help="heads in each block")
+    parser.add_argument("--mlp_factor", type=number(int, 1, 64), default=4, help="hidden width of the MLP / d_model")
+    parser.add_argument("--n_layers", type=number(int, 0, 64), default=2, help="blocks")
+    parser.add_argument("--lr", type=number(float, 0, 1e30), default=0.005, help="highest learning rate")
+    parser.add_argument("--steps", type=number(int, 1, 10 ** 7), default=1000, help="training steps at most, it stops at a loss of 0.002")
+    parser.add_argument("--batch_size", type=number(int, 1, 10 ** 9), default=800, help="strings in each step")
+    parser.add_argument("--weight_decay", type=number(float, 0, 1e3), default=0.0, help="of AdamW")
+    parser.add_argument("--sweep", action="store_true", help="find the smallest configuration (its own sizes and steps)")
+    args = start(parser, argv)
+    if args.sweep:
+        if args.seq_len > 16:
+            fail("argument --seq_len: the sweep tries all 2^seq_len strings, so it takes at most 16")
+        accuracy, params = sweep(args)
+        print_result(args, accuracy_all=accuracy, params=params)
+        return
+    sizes = args.d_model, args.d_key, args.n_heads, args.mlp_factor, args.n_layers
+    n_train = args.n_samples * 4 // 5
+    batch_size = min(args.batch_size, n_train)
+
+    # Refuse what would not fit, before the machine grinds to a halt. Bytes: four float32 for each parameter (itself, its
+    # gradient, Adam's two averages), the strings, and what the blocks keep of each token for the backward pass.
+    with torch.device("meta"):
+        params = sum(p.numel() for p in TransformerClassifier(2, 2, *sizes).parameters())
+    floats_per_token = args.n_layers * (args.n_heads * (2 * args.d_key + 3 * args.d_model + 3 * args.seq_len)
+                                        + (2 * args.mlp_factor + 8) * args.d_model) + 4 * args.d_model
+    gigabytes = (16 * params + 8 * args.n_samples * args.seq_len
+                 + 4 * max(batch_size, args.seq_len + 1) * args.seq_len * floats_per_token) / 1e9
+    if gigabytes > 16:
+        fail(f"this needs about {gigabytes:.0f} GB of memory: lower --n_samples, --batch_size, --seq_len or the sizes")
+
+    strings, parities = (t.to(args.device) for t in make_strings(args.n_samples, args.seq_len))  # (N, T), (N,)
+    train_x, train_y, val_x, val_y = strings[:n_train], parities[:n_train], strings[n_train:], parities[n_train:]
+    model = TransformerClassifier(2, 2, *sizes).to(args.device)
+
+    # Why does training so often fail, and what helps? Parity has a plateau: until the model has found the whole answer
+    # it has found nothing, and the gradients are tiny.
+    #  - All 800 strings in every step: what little gradient there is would drown in the noise of small batches.
+    #  - Adam divides each gradient by a running mean of its size, and its default (beta2 = 0.999) remembers 1,000 steps.
+    #    When the way out opens, gradients grow a hundredfold within a few steps and are still divided by the tiny ones of
+    #    the plateau: the model is thrown past the exit. With beta2 = 0.95 the memory is 20 steps.
+    #  - Clipping the gradient bounds the worst of these leaps, and the learning rate rises first (to leave the plateau)
+    #    and falls to zero (to settle: a sawtooth with 11 teeth has steep flanks).
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, cycle_momentum=False)
+    print(f"{params} parameters, {n_train} strings to train on, {len(val_x)} to validate")
+    history, n_low, report = [], 0, progress(args.steps)                 # history: (step, loss, accuracy)
+    for step in range(args.steps):
+        rows = slice(None) if batch_size == n_train else torch.randint(n_train, (batch_size,), device=args.device)
+        loss = F.cross_entropy(model(train_x[rows]), train_y[rows])
+        if not torch.isfinite(loss):
+            fail(f"the loss is {loss.item()} at step {step}: try a lower --lr")
+        if step == 0:
+            print(f"before the first step: loss {loss.item():.4f} (knowing nothing: ln 2 = {math.log(2):.4f})")
+        if step % 10 == 0:
+            history.append((step, loss.item(), exact_accuracy(model, args.seq_len)[0]))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        report(step + 1, loss=history[-1][1], accuracy=history[-1][2])
+        n_low = n_low + 1 if loss < 0.002 else 0
+        if n_low == 10:
+            break
+    print(f"stopped after {step + 1} steps: loss {loss.item():.4f}")
+
+    accuracy_all, correct = exact_accuracy(model, args.seq_len)
+    with torch.no_grad():
+        accuracy_val = (model(val_x).argmax(dim=1) == val_y).float().mean().item()
+    seen = set(map(tuple, train_x.tolist()))
+    repeats = sum(tuple(string) in seen for string in val_x.tolist()) / len(val_x)
+    print(f"validation: accuracy {accuracy_val:.4f} on {len(val_x)} strings, of which {repeats:.0%} also occur in training")
+    wrong = [count for count, right in enumerate(correct.tolist()) if not right]
+    print(f"all {2 ** args.seq_len} strings, computed: accuracy {accuracy_all:.4f}; wrong for",
+          f"the strings with {', '.join(map(str, wrong))} ones" if wrong else "none")
+    save(os.path.join(args.out_dir, "parity.pt"),
+         lambda temporary: torch.save({"sizes": sizes, "weights": model.state_dict()}, temporary))
+    plot_training(model, history, args.seq_len, os.path.join(args.out_dir, "parity_training.png"), args.show)
+    if args.n_layers > 0:
+        plot_heads(model, args.seq_len, os.path.join(args.out_dir, "parity_heads.png"), args.show)
+    print_result(args, accuracy_val=accuracy_val, accuracy_all=accuracy_all, params=params)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,373 @@
+"""Is all of it true? Every claim of the scripts, in their order: `pytest test_all.py` reads like a list of them."""
+
+import argparse
+import io
+import itertools
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import matplotlib
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+matplotlib.use("Agg")  # no window, whatever the machine
+
+import attention as attention_script  # noqa: E402
+import parity  # noqa: E402
+from attention import attention, number, plot_attention, progress, save  # noqa: E402
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SCRIPTS = {"attention": attention_script, "parity": parity}
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """No test depends on another: each starts from the same random numbers."""
+    torch.manual_seed(0)
+
+
+def result_of(script, arguments, capsys):
+    """Run main(arguments) of a script and read the last line it prints: a dict of strings."""
+    script.main(arguments)
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("result: ")
+    return dict(pair.split("=") for pair in last.split()[1:])
+
+
+def is_png(path):
+    with open(path, "rb") as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention.py
+
+
+def test_the_worked_example_is_what_the_docstring_shows():
+    shown = attention_script.worked_example()
+    assert textwrap.indent(shown, "    ") in attention_script.__doc__
+
+
+def test_the_worked_example_is_right_by_hand():
+    query, key, value = [[2, 0, 2, 0], [0, 0, 0, 0], [0, 4, 0, 2]], [[1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]], \
+        [[10, 0], [0, 10], [5, 5]]
+    for q, shown in zip(query, attention_script.worked_example().splitlines()[-3:]):
+        exponentials = [math.exp(sum(a * b for a, b in zip(q, k)) / math.sqrt(4)) for k in key]
+        output = [sum(e * v[i] for e, v in zip(exponentials, value)) / sum(exponentials) for i in range(2)]
+        assert shown == "  ".join(f"{x:.2f}" for x in output)
+
+
+MASKS = {"none": None,
+         "causal": torch.ones(5, 7).tril().bool(),
+         "one row": torch.tensor([True, False, True, True, False, True, True]),
+         "padding": (torch.arange(7) < torch.tensor([7, 4])[:, None])[:, None, None, :],        # (B, 1, 1, T_k)
+         "random": torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(1)) < 0.6,
+         "an empty query": torch.ones(5, 7).tril(-1).bool()}                                    # query 0 sees nothing
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_attention_equals_torch(mask):
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 4)
+    output, weights = attention(q, k, v, mask)
+    expected = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.expand(2, 3, 5, 7))
+    assert weights.shape == (2, 3, 5, 7)
+    assert torch.allclose(output, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (4, 2, 3)], ids=str)
+def test_the_fused_path_gives_the_same_output_and_gradients(lead, mask):
+    if mask is not None and mask.ndim > 2 and len(lead) < 2:
+        mask = mask[0, 0, :1]
+    q, k, v = torch.randn(*lead, 5, 8), torch.randn(*lead, 7, 8), torch.randn(*lead, 7, 8)
+    results = []
+    for need_weights in (True, False):
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        output, weights = attention(*inputs, mask, need_weights=need_weights)
+        assert (weights is None) == (not need_weights)
+        output.square().sum().backward()
+        results.append([output, *(t.grad for t in inputs)])
+    for explicit, fused in zip(*results):
+        assert torch.allclose(explicit, fused, atol=1e-5)
+
+
+def test_leading_dimensions_broadcast():
+    q, k, v = torch.randn(5, 8), torch.randn(4, 1, 7, 8), torch.randn(3, 7, 6)
+    for need_weights in (True, False):
+        output, _ = attention(q, k, v, need_weights=need_weights)
+        assert output.shape == (4, 3, 5, 6)
+        assert torch.allclose(output[2, 1], attention(q, k[2, 0], v[1])[0], atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("activation, need_weights", [("softmax", True), ("softmax", False), ("sigmoid", True)])
+def test_a_query_with_nothing_to_attend_to_gets_zeros_and_finite_gradients(activation, need_weights):
+    q, k, v = (torch.randn(1, 2, 4, 8, requires_grad=True) for _ in range(3))
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[2] = False
+    with torch.autograd.detect_anomaly(check_nan=True):   # not even an intermediate gradient is NaN
+        output, weights = attention(q, k, v, mask, activation, need_weights)
+        output.sum().backward()
+    assert (output[..., 2, :] == 0).all() and (output[..., 1, :] != 0).any()
+    assert weights is None or (weights[..., 2, :] == 0).all()
+    assert all(torch.isfinite(t.grad).all() for t in (q, k, v))
+
+
+def test_softmax_rows_sum_to_one_and_sigmoid_keys_do_not_compete():
+    q, k, v = torch.randn(5, 8), torch.randn(7, 8), torch.randn(7, 8)
+    assert torch.allclose(attention(q, k, v)[1].sum(-1), torch.ones(5))
+    weights = attention(q, k, v, activation="sigmoid")[1]
+    assert torch.equal(weights, torch.sigmoid(q @ k.T / math.sqrt(8)))
+    assert torch.equal(weights[:, :3], attention(q, k[:3], v[:3], activation="sigmoid")[1])
+    assert not torch.allclose(attention(q, k, v)[1][:, :3], attention(q, k[:3], v[:3])[1])
+
+
+def test_the_mask_means_the_opposite_in_nn_multihead_attention():
+    module = nn.MultiheadAttention(8, 1, bias=False)
+    with torch.no_grad():
+        module.in_proj_weight.copy_(torch.eye(8).repeat(3, 1))
+        module.out_proj.weight.copy_(torch.eye(8))
+    x, may_attend = torch.randn(5, 8), torch.ones(5, 5).tril().bool()
+    assert torch.allclose(attention(x, x, x, may_attend)[0], module(x, x, x, attn_mask=~may_attend)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_the_gradient_is_right_by_finite_differences(activation):
+    q, k, v = (torch.randn(2, T, 3, dtype=torch.float64, requires_grad=True) for T in (4, 5, 5))
+    mask = torch.ones(4, 5).tril(-1).bool()
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, mask, activation), (q, k, v))
+
+
+@pytest.mark.parametrize("shapes", [((5, 8), (7, 4), (7, 8)), ((5, 8), (7, 8), (6, 8)), ((8,), (7, 8), (7, 8)),
+                                    ((2, 5, 8), (3, 7, 8), (3, 7, 8)), ((5, 0), (7, 0), (7, 8))])
+def test_wrong_shapes_are_shown(shapes):
+    with pytest.raises(ValueError) as error:
+        attention(*map(torch.zeros, shapes))
+    assert all(str(shape) in str(error.value) for shape in shapes)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(5, 7), torch.ones(7, 5).bool(), torch.ones(2, 5, 7).bool()])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_mask_that_does_not_fit_is_refused(mask, need_weights):
+    with pytest.raises(ValueError, match="mask"):
+        attention(torch.zeros(5, 8), torch.zeros(7, 8), torch.zeros(7, 8), mask, need_weights=need_weights)
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match="tanh"):
+        attention(torch.zeros(5, 8), torch.zeros(7, 8), torch.zeros(7, 8), activation="tanh")
+
+
+@pytest.mark.parametrize("lead", [(), (4,), (1, 4), (1, 2, 2)], ids=str)
+def test_the_fused_kernel_removes_the_quadratic_memory_for_any_number_of_dimensions(lead):
+    def kept(T, need_weights):
+        q, k, v = (torch.randn(*lead, T, 16, requires_grad=True) for _ in range(3))
+        return attention_script.memory_of_attention(q, k, v, need_weights)
+    assert kept(256, True) > 3.5 * kept(128, True)      # quadruples with every doubling of T
+    assert kept(256, False) <= 2.1 * kept(128, False)   # doubles
+
+
+def test_the_dictionary_is_learned_and_drawn(tmp_path, capsys):
+    result = result_of(attention_script, ["--out_dir", str(tmp_path), "--device", "cpu", "--steps", "250"], capsys)
+    assert float(result["accuracy"]) > 0.99 and int(result["params"]) == 2 * 32 * 32 and float(result["seconds"]) > 0
+    assert is_png(tmp_path / "attention_dictionary.png")
+
+
+def test_plot_attention_takes_one_or_many_heads_and_any_label(tmp_path):
+    tokens = [f"tok{i}" for i in range(28)] + ["$x$", "_ü"]
+    plot_attention(torch.rand(30, 30), tokens, tokens, tmp_path / "one.png")
+    plot_attention(torch.rand(5, 4, 3), list("abc"), list("defg"), tmp_path / "five.png", titles=list("12345"))
+    assert is_png(tmp_path / "one.png") and is_png(tmp_path / "five.png")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention.py: the helpers
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "weights.pt"
+    save(path, lambda temporary: torch.save([1], temporary))
+
+    def half(temporary):
+        with open(temporary, "w") as file:
+            file.write("half a fi")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        save(path, half)
+    assert torch.load(path, weights_only=True) == [1] and os.listdir(tmp_path) == ["weights.pt"]
+
+
+@pytest.mark.parametrize("kind, text", [(int, "0"), (int, "11"), (int, "1.5"), (int, "ten"), (int, ""), (int, "9" * 5000),
+                                        (float, "nan"), (float, "inf"), (float, "-1"), (float, "1e400")])
+def test_numbers_out_of_range_are_refused(kind, text):
+    with pytest.raises(argparse.ArgumentTypeError, match="from 1 to 10"):
+        number(kind, 1, 10)(text)
+
+
+def test_progress_prints_the_last_step_and_not_every_one(capsys):
+    report = progress(1000)
+    for step in range(1, 1001):
+        report(step, loss=1 / step)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("step 1000/1000  loss 0.0010  ") and "s left" in lines[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# parity.py: the model
+
+
+def test_the_exercise_shapes():
+    x = torch.randn(4, 10, 16)
+    assert parity.SelfAttention(16, 8)(x).shape == (4, 10, 16)
+    assert parity.MultiHeadSelfAttention(16, 8, 3)(x).shape == (4, 10, 16)
+    assert parity.TransformerBlock(16, 8, 3)(x).shape == (4, 10, 16)
+    assert parity.TransformerClassifier(2, 5, 16, 8, 3)(torch.randint(2, (4, 10))).shape == (4, 5)
+
+
+def test_the_exercise_names_and_order():
+    model = parity.TransformerClassifier(2, 2)
+    assert [name for name, _ in model.named_children()] == ["token_embedding", "transformer_model", "final_layer_norm",
+                                                            "classifier"]
+    block = model.transformer_model[0]
+    assert [name for name, _ in block.named_children()] == ["ln1", "attn", "ln2", "mlp"]
+    assert isinstance(block.mlp[1], nn.SiLU) and isinstance(model.classifier[1], nn.SiLU)
+    assert len(block.attn.heads) == 4 and block.attn.heads[0].w_v.weight.shape == (256, 256)
+    assert block.attn.w_o.weight.shape == (256, 4 * 256) and block.attn.heads[0].w_k.weight.shape == (64, 256)
+
+
+@pytest.mark.parametrize("sizes, params", [((8, 8, 2, 4, 2), 2426), ((3, 1, 1, 1, 1), 100), ((2, 1, 1, 1, 1), 58),
+                                           ((8, 1, 1, 1, 0), 122), ((5, 1, 1, 1, 0), 62)])
+def test_parameter_counts(sizes, params):
+    assert sum(p.numel() for p in parity.TransformerClassifier(2, 2, *sizes).parameters()) == params
+
+
+def copy_heads(ours, theirs):
+    """Give our MultiHeadSelfAttention the weights of an nn.MultiheadAttention.
+
+    Torch's heads return d_model / n_heads numbers, ours d_model: fill up with zeros, and let w_o read only the first.
+    """
+    n_heads, d_model = len(ours.heads), ours.w_o.out_features
+    d_head = d_model // n_heads
+    with torch.no_grad():
+        ours.w_o.weight.zero_()
+        ours.w_o.bias.copy_(theirs.out_proj.bias)
+        for h, head in enumerate(ours.heads):
+            rows = slice(h * d_head, (h + 1) * d_head)
+            for linear, weight, bias in zip((head.w_q, head.w_k, head.w_v), theirs.in_proj_weight.chunk(3),
+                                            theirs.in_proj_bias.chunk(3)):
+                linear.weight.zero_()[:d_head] = weight[rows]
+                linear.bias.zero_()[:d_head] = bias[rows]
+            ours.w_o.weight[:, h * d_model:h * d_model + d_head] = theirs.out_proj.weight[:, rows]
+
+
+@pytest.mark.parametrize("n_heads", [1, 2])
+def test_multi_head_attention_equals_torch(n_heads):
+    theirs = nn.MultiheadAttention(8, n_heads, batch_first=True)
+    nn.init.normal_(theirs.in_proj_bias)
+    ours = parity.MultiHeadSelfAttention(8, 8 // n_heads, n_heads)
+    copy_heads(ours, theirs)
+    x = torch.randn(4, 10, 8)
+    assert torch.allclose(ours(x), theirs(x, x, x)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("n_heads", [1, 2])
+def test_the_block_equals_torch_encoder_layer(n_heads):
+    theirs = nn.TransformerEncoderLayer(8, n_heads, 4 * 8, dropout=0.0, activation=F.silu, batch_first=True,
+                                        norm_first=True)
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.5)
+    ours = parity.TransformerBlock(8, 8 // n_heads, n_heads)
+    copy_heads(ours.attn, theirs.self_attn)
+    for mine, other in ((ours.ln1, theirs.norm1), (ours.ln2, theirs.norm2), (ours.mlp[0], theirs.linear1),
+                        (ours.mlp[2], theirs.linear2)):
+        mine.load_state_dict(other.state_dict())
+    x = torch.randn(4, 10, 8)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+
+
+def test_the_gradients_of_the_classifier_are_right_by_finite_differences():
+    model = parity.TransformerClassifier(2, 2, 3, 2, 2, 1, 2).double()
+    names, values = zip(*model.named_parameters())
+    tokens = torch.randint(2, (2, 4))
+    assert torch.autograd.gradcheck(
+        lambda *values: torch.func.functional_call(model, dict(zip(names, values)), (tokens,)), values)
+
+
+def wild_classifier(*sizes):
+    """A classifier with large random weights in float64: it has opinions, though no right ones."""
+    model = parity.TransformerClassifier(2, 2, *sizes).double()
+    for p in model.parameters():
+        nn.init.normal_(p, std=2.0)
+    return model
+
+
+@pytest.mark.parametrize("n_layers", [0, 1, 3])
+def test_the_order_of_the_bits_is_invisible(n_layers):
+    model, strings = wild_classifier(8, 4, 2, 4, n_layers), torch.randint(2, (20, 10))
+    shuffled = strings[:, torch.randperm(10)]
+    assert not torch.equal(strings, shuffled)
+    assert torch.allclose(model(strings), model(shuffled), atol=1e-8)
+
+
+@pytest.mark.parametrize("n_layers", [0, 1, 3])
+def test_no_member_of_the_family_computes_parity_for_all_lengths(n_layers):
+    """A string and the string written twice have equal logits; the doubled one is even, so an odd one is lost."""
+    model, strings = wild_classifier(8, 4, 2, 4, n_layers), torch.randint(2, (20, 9))
+    doubled = torch.cat([strings, strings], dim=1)                       # (B, 2T)
+    assert torch.allclose(model(strings), model(doubled), atol=1e-8)
+    assert (doubled.sum(1) % 2 == 0).all() and (strings.sum(1) % 2 == 1).any()
+
+
+@pytest.mark.parametrize("n_layers", [0, 1, 3])
+def test_a_width_of_one_cannot_work(n_layers):
+    """A LayerNorm over one feature returns its bias whatever comes in: all strings get the same logits."""
+    norm = nn.LayerNorm(1)
+    nn.init.normal_(norm.bias)
+    assert torch.equal(norm(torch.randn(50, 1)), norm.bias.expand(50, 1))
+    model = wild_classifier(1, 1, 1, 1, n_layers)
+    strings, parities, shares = parity.one_string_per_count(10)
+    assert (model(strings) == model(strings)[0]).all()
+    assert parity.exact_accuracy(model, 10)[0] == 0.5
+
+
+def test_58_parameters_are_the_fewest_with_a_block_and_a_width_above_one():
+    counts = {sizes: sum(p.numel() for p in parity.TransformerClassifier(2, 2, *sizes).parameters())
+              for sizes in itertools.product((2, 3), (1, 2), (1, 2), (1, 2), (1, 2))}
+    assert min(counts, key=counts.get) == (2, 1, 1, 1, 1) and min(counts.values()) == 58
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# parity.py: data and exact accuracy
+
+
+def test_strings_and_parities():
+    strings, parities = parity.make_strings(1000, 10)
+    assert strings.shape == (1000, 10) and parities.tolist() == [sum(string) % 2 for string in strings.tolist()]
+    assert set(strings.unique().tolist()) == {0, 1} and 0.45 < strings.float().mean() < 0.55
+
+
+@pytest.mark.parametrize("seq_len", [1, 6, 10])
+def test_the_computed_accuracy_equals_trying_all_strings(seq_len):
+    strings = torch.cartesian_prod(*[torch.arange(2)] * seq_len).view(-1, seq_len)       # (2^T, T)
+    seen = set()
+    for _ in range(5):
+        model = wild_classifier(8, 4, 1, 1, 1)
+        tried = (model(strings).argmax(1) == strings.sum(1) % 2).double().mean().item()
+        accuracy, correct = parity.exact_accuracy(model, seq_len)
+        assert accuracy == pytest.approx(tried, abs=1e-6) and correct.shape == (seq_len + 1,)
+        seen.add(accuracy)
+    assert len(seen) > 1    # not all models got the same, so the test can fail
+
+
+def test_one_string_per_count():
+    strings, parities, shares = parity.one_string_per_count(10)
+    assert strings.sum(1).tolist() == list(range(11)) and parities.tolist() == [0, 1] * 5 + [0]
+    assert shares.sum() == 1 and shares[3] * 1024 == 120
