@@ -371,3 +371,144 @@ def test_one_string_per_count():
     strings, parities, shares = parity.one_string_per_count(10)
     assert strings.sum(1).tolist() == list(range(11)) and parities.tolist() == [0, 1] * 5 + [0]
     assert shares.sum() == 1 and shares[3] * 1024 == 120
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# parity.py: training and the sweep
+
+SHORT = ["--seq_len", "5", "--n_samples", "250", "--device", "cpu", "--seed", "1"]
+
+
+def test_a_short_training_reaches_every_string_and_repeats_itself(tmp_path, capsys):
+    results = [result_of(parity, [*SHORT, "--out_dir", str(tmp_path / folder)], capsys) for folder in "ab"]
+    assert float(results[0]["accuracy_all"]) > 0.95 and float(results[0]["accuracy_val"]) > 0.95
+    assert results[0]["params"] == "2426"
+    assert [r["accuracy_all"] for r in results] == [results[0]["accuracy_all"]] * 2
+    first, second = (torch.load(tmp_path / folder / "parity.pt", weights_only=True)["weights"] for folder in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)      # same seed, same numbers
+    assert is_png(tmp_path / "a" / "parity_training.png") and is_png(tmp_path / "a" / "parity_heads.png")
+
+
+def test_the_first_loss_is_near_ln_2(tmp_path, capsys):
+    parity.main([*SHORT, "--steps", "1", "--out_dir", str(tmp_path)])
+    loss = float(re.search(r"before the first step: loss ([\d.]+)", capsys.readouterr().out)[1])
+    assert abs(loss - math.log(2)) < 0.1
+
+
+def test_small_batches_and_no_block_also_run(tmp_path, capsys):
+    result = result_of(parity, [*SHORT, "--steps", "3", "--batch_size", "16", "--n_layers", "0", "--out_dir",
+                                str(tmp_path)], capsys)
+    assert result["params"] == "122" and not os.path.exists(tmp_path / "parity_heads.png")
+
+
+def test_a_loss_that_is_nan_stops_the_run_and_loses_nothing(tmp_path, capsys):
+    (tmp_path / "parity.pt").write_bytes(b"what an earlier run saved")
+    with pytest.raises(SystemExit) as stop:
+        parity.main([*SHORT, "--lr", "1e30", "--out_dir", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "nan" in error and "--lr" in error
+    assert (tmp_path / "parity.pt").read_bytes() == b"what an earlier run saved"
+
+
+def test_models_trained_side_by_side_do_not_disturb_one_another():
+    sizes = (3, 1, 1, 1, 1)
+    together, weights = parity.train_many(sizes, [5, 6], 4, 30, "cpu")
+    alone, alone_weights = parity.train_many(sizes, [6], 4, 30, "cpu")
+    assert together[1] == alone[0]
+    assert all(torch.allclose(weights[name][1], alone_weights[name][0], atol=1e-4) for name in weights)
+
+
+def test_the_sweep_saves_a_winner_that_passes_the_check(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(parity, "LADDER", [((8, 4, 1, 1, 1), 8), ((1, 1, 1, 1, 1), 2), ((8, 1, 1, 1, 0), 2)])
+    result = result_of(parity, ["--sweep", "--seq_len", "2", "--device", "cpu", "--out_dir", str(tmp_path)], capsys)
+    assert result["params"] == "514" and float(result["accuracy_all"]) == 1.0
+    winner = torch.load(tmp_path / "parity_514.pt", weights_only=True)
+    model = parity.TransformerClassifier(2, 2, *winner["sizes"])
+    model.load_state_dict(winner["weights"])
+    assert parity.exact_accuracy(model, 2)[0] == 1.0 and is_png(tmp_path / "parity_sweep.png")
+
+
+def test_the_check_on_all_strings_is_strict():
+    model = wild_classifier(8, 4, 1, 1, 1)
+    sizes, weights = (8, 4, 1, 1, 1), {name: value.float() for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)
+    accuracy, margin = parity.check_on_all_strings(sizes, weights, 5)
+    strings = [list(string) for string in itertools.product((0, 1), repeat=5)]
+    logits = [model(torch.tensor([string]))[0].tolist() for string in strings]
+    assert accuracy == sum((odd > even) == sum(s) % 2 for s, (even, odd) in zip(strings, logits)) / 32
+    assert margin == pytest.approx(min(abs(odd - even) for even, odd in logits))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Every script: wrong uses end with one line and status 2
+
+WRONG = [("attention", ["--n_keys", "1"]), ("attention", ["--noise", "nan"]), ("attention", ["--steps", "0"]),
+         ("parity", ["--d_model", "0"]), ("parity", ["--d_model", "wide"]), ("parity", ["--d_key", "-3"]),
+         ("parity", ["--n_heads", "0"]), ("parity", ["--mlp_factor", "0"]), ("parity", ["--n_layers", "-1"]),
+         ("parity", ["--seq_len", "0"]), ("parity", ["--steps", "0"]), ("parity", ["--batch_size", "0"]),
+         ("parity", ["--steps", "1.5"]), ("parity", ["--n_samples", "1000000000000"]), ("parity", ["--n_samples", "4"]),
+         ("parity", ["--n_samples", "999999999"]), ("parity", ["--lr", "-1"]), ("parity", ["--lr", "nan"]),
+         ("parity", ["--weight_decay", "-1"]), ("parity", ["--seed", "-1"]), ("parity", ["--seed", "x"]),
+         ("parity", ["--sweep", "--seq_len", "17"])]
+
+
+@pytest.mark.parametrize("script, arguments", WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else value)
+def test_a_wrong_number_is_one_line(script, arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[script].main([*arguments, "--out_dir", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and arguments[-2] in error
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_wrong_options_devices_and_folders_are_one_line(script, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    missing = "mps" if torch.cuda.is_available() else "cuda"
+    for arguments, named in ((["--colour", "red"], "--colour"), (["--device", "tpu"], "--device"),
+                             (["--device", missing], "--device"), (["--seed"], "--seed"), (["surplus"], "surplus"),
+                             (["--out_dir", str(tmp_path / "file" / "out")], "--out_dir")):
+        with pytest.raises(SystemExit) as stop:
+            SCRIPTS[script].main(["--out_dir", str(tmp_path), *arguments])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and named in error
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_begins_like_the_chapter_and_shows_every_default(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[script].main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and SCRIPTS[script].__doc__.splitlines()[0] in " ".join(shown.split())
+    assert all("(default: " in option for option in " ".join(shown.split()).split(" --")[1:] if "help show" not in option
+               and not option.startswith(("help", "seed SEED] ["))) or shown.count("(default: ") >= shown.count("\n  --")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_ends_with_one_line_and_status_130(script, tmp_path):
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, f"{script}.py"), "--steps", "100000", "--lr", "0",
+                                "--device", "cpu", "--out_dir", str(tmp_path)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    while "before the first step" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Ctrl-C" in error and "Traceback" not in error
+    assert not os.listdir(tmp_path)      # nothing half written
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# README.md
+
+
+def test_every_command_option_and_file_that_readme_names_exists(capsys):
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        readme = file.read()
+    for name in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert os.path.exists(os.path.join(HERE, name)), name
+    commands = re.findall(r"python (\w+)\.py([^\n`&|#]*)", readme)
+    assert commands
+    for script, arguments in commands:
+        with pytest.raises(SystemExit):
+            SCRIPTS[script].main(["--help"])
+        known = capsys.readouterr().out
+        assert all(option in known for option in re.findall(r"--\w+", arguments)), (script, arguments)
