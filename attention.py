@@ -1,5 +1,4 @@
 """What does attention compute, and what does it cost?
-
 Attention is a dictionary that can be differentiated. A Python dictionary compares a query with every key, finds the
 one that is equal, and returns its value. Attention compares a query with every key too, but it asks *how* similar they
 are, turns the answers into weights, and returns the weighted mean of all values. Because the weights change smoothly
@@ -40,7 +39,7 @@ in particular and gets the plain mean. That is all: `attention` below is these f
     python attention.py --benchmark     what attention costs as the sequence grows: the T^2, and half of its cure
 
 You will see the retrieval accuracy go to 1.0 and, in out/attention_dictionary.png, the weights before and after
-training: a grey blur turns into one bright cell in every row.
+training: a dim blur turns into one bright cell in every row.
 
 Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1 (https://arxiv.org/abs/1706.03762).
 """
@@ -103,6 +102,7 @@ def worked_example():
 
 
 def _check_shapes(q, k, v, mask):
+    """Raise ValueError, with all shapes, unless they fit together."""
     shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     expected = ValueError(f"attention takes q (..., T_q, d_k), k (..., T_k, d_k), v (..., T_k, d_v), {shapes}")
     if min(q.ndim, k.ndim, v.ndim) < 2 or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2] or not q.shape[-1]:
@@ -234,13 +234,15 @@ def benchmark(args):
             cells.append(f"{1e3 * forward:9.2f} {1e3 * both:9.2f} {memory[name][-1]:9.2f}")
         print(f"{T:>6} | {cells[0]:^30} | {cells[1]:^30}", flush=True)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, values, label in ((axes[0], seconds, "seconds, forward + backward"), (axes[1], memory, "extra memory, MiB")):
+    for axis, values, label, powers in ((axes[0], seconds, "seconds, forward and backward", [2]),
+                                        (axes[1], memory, "memory beside q, k and v, MiB", [1, 2])):
         for name, marker in (("explicit", "o"), ("fused", "s")):
             axis.loglog(lengths, values[name], marker=marker, label=name)
-        for power, style in ((1, ":"), (2, "--")):
-            end = values["fused" if power == 1 else "explicit"][-1] * (1.6 if power == 2 else 0.6)
-            axis.loglog(lengths[2:], [end * (T / lengths[-1]) ** power for T in lengths[2:]], style, color="grey",
-                        label=f"slope {power}")
+        for power in powers:                        # straight lines to compare the slopes with
+            top = 2 * values["explicit"][-1] if power == 2 else values["fused"][-1] / 2
+            axis.loglog(lengths, [top * (T / lengths[-1]) ** power for T in lengths], "--" if power == 2 else ":",
+                        color="grey", label="grows like T^2" if power == 2 else "grows like T")
+        axis.set_xscale("log", base=2)
         axis.set(xlabel="sequence length T", ylabel=label)
         axis.legend()
     save_figure(figure, os.path.join(args.out_dir, "attention_benchmark.png"), args.show)
@@ -305,7 +307,7 @@ def number(kind, low, high):
 
 def make_parser(doc):
     """An argument parser with the options that all scripts share; the first paragraph of `doc` is its description."""
-    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0] + "\n\n" + doc.split("\n\n")[1], allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail                         # one line, without argparse's usage text
     parser.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="start of all random numbers")
@@ -344,8 +346,8 @@ def progress(total):
             return
         last, speed = now, step / (now - began)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        print(f"step {step:>{len(str(total))}}/{total}  {shown}  {speed:.0f} steps/s  {(total - step) / speed:.0f} s left",
-              flush=True)
+        left = (total - step) / speed
+        print(f"step {step:>{len(str(total))}}/{total}  {shown}  {speed:.0f} steps/s  {left:.0f} s left", flush=True)
     return report
 
 
@@ -429,7 +431,7 @@ def main(argv=None):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        report(step, loss=loss, accuracy=(output.argmax(-1) == entry).float().mean())
+        report(step, loss=loss.item(), accuracy=(output.argmax(-1) == entry).float().mean())
     loss, accuracy, after = evaluate()
     print(f"1,000 dictionaries it has never seen: loss {loss:.4f}, accuracy {accuracy:.4f}")
     wanted = [f"wants {entry + 1}" for entry in test_entry[0].tolist()]

@@ -1,5 +1,4 @@
 """Can a Transformer encoder tell odd from even, and how small may it be?
-
 The input is a string of bits, the class is its parity: 1 if the number of ones is odd, else 0. A Transformer encoder
 built from its parts (attention, multi-head attention, block, classifier) learns it from 800 random strings.
 
@@ -20,21 +19,21 @@ that this file makes use of:
     python parity.py --d_model 16       a wider one
     python parity.py --sweep            the smallest configuration that still works, in a few minutes
 
-You will see the loss start at ln 2 and the accuracy over all 1,024 strings go from 0.5 to 1.0, and two pictures in out/:
-the curves beside the sawtooth that the model has learned (the difference of its two logits against the number of ones),
-and what its heads attend to.
+You will see the loss start at ln 2 and the accuracy over all 1,024 strings go from 0.5 to nearly 1, and two pictures in
+out/: the curves beside the sawtooth that the model has learned (the difference of its two logits against the number of
+ones), and what its heads attend to.
 
-The sweep's answer. 100 parameters (d_model 3, everything else 1) get all 1,024 strings right. 58 parameters (d_model 2)
-pass 0.95, with luck: a LayerNorm over two features is nearly a sign function, and gradients see little of a sign. With
-d_model 1 it cannot work: a LayerNorm over one feature subtracts the feature from itself and returns its bias whatever
-comes in, so the final one hands the same number to the classifier for every string, and parity, odd for exactly half of
-all strings, is right for half of them. As every other size is at least 1, fewer than 58 parameters cannot work with
-even one block. Without any block mean pooling alone can count at a fixed length, with hardly more parameters.
+The sweep's answer. 100 parameters (d_model 3, everything else 1) get all 1,024 strings right, and 58 parameters
+(d_model 2) all but one. Few seeds get there: a LayerNorm over two features is nearly a sign function, and gradients see
+little of a sign. With d_model 1 it cannot work: a LayerNorm over one feature subtracts the feature from itself and
+returns its bias whatever comes in, so the final one hands the same number to the classifier for every string, and
+parity is odd for exactly half of them. As every other size is 1 already, 58 is the smallest of the family with a block.
+Without any block mean pooling alone can count, at a fixed length: 122 parameters (width 8) get all but one right.
 
-Transformers *with* positions fare better, but not by much: no one-layer transformer computes parity for all lengths
-(Kozachinskiy, Steifer and Walega 2026, https://arxiv.org/abs/2602.05896), long strings leave any transformer with fixed
-weights ever less certain (Hahn 2020, https://arxiv.org/abs/1906.06755), and with two layers there is a construction
-that works (Chiang and Cholak 2022, https://arxiv.org/abs/2202.12172).
+Transformers *with* positions can do more, but not with one layer: none of one layer computes parity for all lengths
+(Kozachinskiy, Steifer and Walega 2026, https://arxiv.org/abs/2602.05896, version 2). With two layers there is a
+construction (Chiang and Cholak 2022, https://arxiv.org/abs/2202.12172). Learning it is another matter: one bit among T
+moves the output of soft attention by no more than about 1 / T (Hahn 2020, https://arxiv.org/abs/1906.06755).
 
 The model is the encoder of Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762) with the LayerNorms moved in front of
 the sublayers, as in Xiong et al. 2020 (https://arxiv.org/abs/2002.04745).
@@ -148,7 +147,7 @@ def one_string_per_count(seq_len):
 
 @torch.no_grad()
 def exact_accuracy(model, seq_len):
-    """The share of all 2^seq_len strings that `model` gets right, and for each number of ones whether it does (T+1,)."""
+    """The share of all 2^seq_len strings that `model` gets right, and whether it does so with c ones (T+1,)."""
     strings, parities, shares = (t.to(next(model.parameters()).device) for t in one_string_per_count(seq_len))
     correct = model(strings).argmax(dim=1) == parities                   # (T+1,)
     return shares[correct].sum().item(), correct
@@ -176,8 +175,8 @@ LADDER = [  # d_model, d_key, n_heads, mlp_factor, n_layers; how many seeds
 def train_many(sizes, seeds, seq_len, steps, device, lr=0.01):
     """Train one model for each seed, all at once; returns each one's best accuracy (S,) and its weights at that moment.
 
-    A string counts as right only if its logits are at least 0.001 apart. Without that, chance wins: when a model's two
-    logits are equal but for rounding, the pattern of the roundings is a lottery with 2^11 tickets, played in every step.
+    A string counts as right only if its logits are at least 0.001 apart. Without that, chance wins: where the logits of
+    all strings are equal but for rounding, right and wrong are a lottery with 2^11 tickets, and every step buys one.
     """
     strings, parities, shares = (t.to(device) for t in one_string_per_count(seq_len))
     models = []
@@ -229,21 +228,21 @@ def sweep(args):
         best, weights = train_many(sizes, range(args.seed, args.seed + n_seeds), args.seq_len, 2000, args.device)
         weights = {name: value[best.argmax()].cpu() for name, value in weights.items()}
         params = sum(value.numel() for value in weights.values())
-        print("{:7} {:6} {:8} {:11} {:9}".format(*sizes), f"| {params:6} {n_seeds:6} {best.max():7.4f} {best.median():7.4f}"
-              f" {(best > 0.95).float().mean():7.3f} {(best == 1).float().mean():10.3f}", flush=True)
+        print("{:7} {:6} {:8} {:11} {:9} |".format(*sizes), f"{params:6} {n_seeds:6} {best.max():7.4f}",
+              f"{best.median():7.4f} {(best > 0.95).float().mean():7.3f} {(best == 1).float().mean():10.3f}",
+              flush=True)
         rungs.append((sizes, params, best.cpu(), weights))
     plot_sweep(rungs, os.path.join(args.out_dir, "parity_sweep.png"), args.show)
     for threshold in (1.0, 0.95):
-        working = [rung for rung in rungs if rung[0][4] > 0 and rung[2].max() >= threshold]
+        working = [rung for rung in rungs if rung[0][-1] > 0 and rung[2].max() >= threshold]
         if not working:
-            print(f"no model with a block reached {threshold}")
-            continue
-        sizes, params, best, weights = min(working, key=lambda rung: rung[1])
+            fail(f"no model with a block reached {threshold}: try another --seed")
+        sizes, params, _, weights = min(working, key=lambda rung: rung[1])
         accuracy, margin = check_on_all_strings(sizes, weights, args.seq_len)
         path = os.path.join(args.out_dir, f"parity_{params}.pt")
         save(path, lambda temporary: torch.save({"sizes": sizes, "weights": weights}, temporary))
-        print(f"smallest with a block and accuracy >= {threshold}: {params} parameters, d_model {sizes[0]}; in float64 on "
-              f"all {2 ** args.seq_len} strings: accuracy {accuracy:.6f}, logits at least {margin:.2g} apart; saved: {path}")
+        print(f"smallest with a block and accuracy >= {threshold}: {params} parameters, saved: {path}\n    in float64 "
+              f"on all {2 ** args.seq_len:,} strings: accuracy {accuracy:.6f}, logits at least {margin:.2g} apart")
     return accuracy, params
 
 
@@ -254,15 +253,16 @@ def sweep(args):
 def plot_sweep(rungs, path, show):
     """Accuracy against parameters, one dot for each seed, models with a block beside models without."""
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for with_block, color, shift in ((True, "tab:blue", 0.98), (False, "tab:orange", 1.02)):
-        chosen = sorted((rung for rung in rungs if (rung[0][4] > 0) == with_block), key=lambda rung: rung[1])
+    for with_block, label, style, color in ((True, "best, at least one block", "o-", "tab:blue"),
+                                            (False, "best, no block: mean pooling alone", "s--", "tab:orange")):
+        chosen = sorted((rung for rung in rungs if (rung[0][-1] > 0) == with_block), key=lambda rung: rung[1])
         for _, params, best, _ in chosen:
-            axis.plot([params * shift] * len(best), best.tolist(), "o", color=color, alpha=0.15, markeredgewidth=0)
-        axis.plot([rung[1] * shift for rung in chosen], [rung[2].max().item() for rung in chosen], "o-" if with_block else "s--",
-                  color=color, label="best, at least one block" if with_block else "best, no block (mean pooling alone)")
+            axis.plot([params] * len(best), best.tolist(), style[0], color=color, alpha=0.15, markeredgewidth=0)
+        params, best = zip(*[(rung[1], rung[2].max().item()) for rung in chosen])
+        axis.plot(params, best, style, color=color, label=label)
     axis.axhline(0.95, color="grey", linestyle=":", label="0.95")
     axis.set(xscale="log", xlabel="parameters", ylabel="accuracy over all strings (one dot a seed)")
-    axis.set_xticks([rung[1] for rung in rungs], [str(rung[1]) for rung in rungs], rotation=45)
+    axis.set_xticks([rung[1] for rung in rungs], [rung[1] for rung in rungs], rotation=90)
     axis.minorticks_off()
     axis.legend(loc="lower right")
     save_figure(figure, path, show)
@@ -274,7 +274,7 @@ def plot_training(model, history, seq_len, path, show):
     steps, losses, accuracies = zip(*history)
     left.plot(steps, losses, color="tab:blue", label="training loss")
     left.axhline(math.log(2), color="grey", linestyle=":", label="ln 2: knowing nothing")
-    left.plot(steps, accuracies, color="tab:orange", linestyle="--", label=f"accuracy over all strings of length {seq_len}")
+    left.plot(steps, accuracies, "--", color="tab:orange", label=f"accuracy over all {2 ** seq_len:,} strings")
     left.set(xlabel="step", ylabel="loss (nats), accuracy (fraction)", ylim=(-0.03, 1.08))
     left.legend()
     strings, parities, _ = (t.to(next(model.parameters()).device) for t in one_string_per_count(seq_len))
@@ -283,8 +283,9 @@ def plot_training(model, history, seq_len, path, show):
     right.axhline(0, color="grey", linewidth=0.8)
     right.plot(range(seq_len + 1), difference, color="lightgrey", zorder=0)
     for parity, name, marker in ((0, "even", "o"), (1, "odd", "^")):
-        right.scatter(range(parity, seq_len + 1, 2), difference[parity::2], marker=marker, label=f"{name} number of ones")
-    right.set(xlabel="number of ones in the string", ylabel="logit(odd) - logit(even)", title="above 0 it answers odd")
+        right.scatter(range(parity, seq_len + 1, 2), difference[parity::2], marker=marker, label=f"{name}: should be "
+                      + ("above 0" if parity else "below 0"))
+    right.set(xlabel="number of ones in the string", ylabel="logit(odd) - logit(even)", title="the learned sawtooth")
     right.legend()
     save_figure(figure, path, show)
 
@@ -312,11 +313,22 @@ def plot_heads(model, seq_len, path, show):
 # Command line, and the training loop
 
 
+def memory_in_gb(args, batch_size):
+    """Roughly what a run needs: each parameter four times (itself, its gradient, Adam's two averages), the strings, and
+    what the blocks keep of every token for the backward pass."""
+    params = args.n_layers * args.d_model * (args.n_heads * 2 * (args.d_key + args.d_model)
+                                             + 2 * args.mlp_factor * args.d_model)
+    floats_per_token = args.n_layers * (args.n_heads * (2 * args.d_key + 3 * args.d_model + 3 * args.seq_len)
+                                        + (2 * args.mlp_factor + 8) * args.d_model) + 4 * args.d_model
+    tokens = max(batch_size, args.seq_len + 1) * args.seq_len
+    return (16 * params + 8 * args.n_samples * args.seq_len + 4 * tokens * floats_per_token) / 1e9
+
+
 def main(argv=None):
     """Train one classifier and draw what it learned, or sweep for the smallest one."""
     parser = make_parser(__doc__)
     parser.add_argument("--seq_len", type=number(int, 1, 500), default=10, help="bits in each string")
-    parser.add_argument("--n_samples", type=number(int, 5, 10 ** 9), default=1000, help="random strings, 4/5 to train on")
+    parser.add_argument("--n_samples", type=number(int, 5, 10 ** 9), default=1000, help="random strings, 4/5 to train")
     parser.add_argument("--d_model", type=number(int, 1, 4096), default=8, help="width of the model")
     parser.add_argument("--d_key", type=number(int, 1, 4096), default=8, help="width of queries and keys")
     parser.add_argument("--n_heads", type=number(int, 1, 64), default=2, help="heads in each block")
@@ -326,7 +338,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=number(int, 1, 10 ** 7), default=650, help="training steps at most")
     parser.add_argument("--batch_size", type=number(int, 1, 10 ** 9), default=800, help="strings in each step")
     parser.add_argument("--weight_decay", type=number(float, 0, 1e3), default=0.0, help="of AdamW")
-    parser.add_argument("--sweep", action="store_true", help="find the smallest configuration (its own sizes and steps)")
+    parser.add_argument("--sweep", action="store_true", help="find the smallest configuration instead")
     args = start(parser, argv)
     if args.sweep:
         if args.seq_len > 16:
@@ -338,14 +350,7 @@ def main(argv=None):
     n_train = args.n_samples * 4 // 5
     batch_size = min(args.batch_size, n_train)
 
-    # Refuse what would not fit, before the machine grinds to a halt. Bytes: four float32 for each parameter (itself, its
-    # gradient, Adam's two averages), the strings, and what the blocks keep of each token for the backward pass.
-    with torch.device("meta"):
-        params = sum(p.numel() for p in TransformerClassifier(2, 2, *sizes).parameters())
-    floats_per_token = args.n_layers * (args.n_heads * (2 * args.d_key + 3 * args.d_model + 3 * args.seq_len)
-                                        + (2 * args.mlp_factor + 8) * args.d_model) + 4 * args.d_model
-    gigabytes = (16 * params + 8 * args.n_samples * args.seq_len
-                 + 4 * max(batch_size, args.seq_len + 1) * args.seq_len * floats_per_token) / 1e9
+    gigabytes = memory_in_gb(args, batch_size)
     if gigabytes > 16:
         fail(f"this needs about {gigabytes:.0f} GB of memory: lower --n_samples, --batch_size, --seq_len or the sizes")
 
@@ -356,14 +361,15 @@ def main(argv=None):
     # Why does training so often fail, and what helps? Parity has a plateau: until the model has found the whole answer
     # it has found nothing, and the gradients are tiny.
     #  - All 800 strings in every step: what little gradient there is would drown in the noise of small batches.
-    #  - Adam divides each gradient by a running mean of its size, and its default (beta2 = 0.999) remembers 1,000 steps.
-    #    When the way out opens, gradients grow a hundredfold within a few steps and are still divided by the tiny ones of
-    #    the plateau: the model is thrown past the exit. With beta2 = 0.9 the memory is 10 steps.
+    #  - Adam divides each gradient by a running mean of its size, which by default (beta2 = 0.999) goes back 1,000
+    #    steps. When the way out opens, the gradients grow many times over within a few steps, are still divided by the
+    #    tiny ones of the plateau, and throw the model past the exit. With beta2 = 0.9 it goes back 10 steps.
     #  - Clipping the gradient bounds the worst of these leaps, and the learning rate rises first (to leave the plateau)
     #    and falls to zero (to settle: a sawtooth with 11 teeth has steep flanks).
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.9), weight_decay=args.weight_decay,
                                   fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, cycle_momentum=False)
+    params = sum(p.numel() for p in model.parameters())
     print(f"{params} parameters, {n_train} strings to train on, {len(val_x)} to validate")
     history, n_low, report = [], 0, progress(args.steps)                 # history: (step, loss, accuracy)
     for step in range(args.steps):
@@ -391,10 +397,10 @@ def main(argv=None):
         accuracy_val = (model(val_x).argmax(dim=1) == val_y).float().mean().item()
     seen = set(map(tuple, train_x.tolist()))
     repeats = sum(tuple(string) in seen for string in val_x.tolist()) / len(val_x)
-    print(f"validation: accuracy {accuracy_val:.4f} on {len(val_x)} strings, of which {repeats:.0%} also occur in training")
+    print(f"validation: accuracy {accuracy_val:.4f} on {len(val_x)} strings, {repeats:.0%} of them seen in training")
     wrong = [count for count, right in enumerate(correct.tolist()) if not right]
-    print(f"all {2 ** args.seq_len} strings, computed: accuracy {accuracy_all:.4f}; wrong for",
-          f"the strings with {', '.join(map(str, wrong))} ones" if wrong else "none")
+    print(f"all {2 ** args.seq_len:,} strings, computed: accuracy {accuracy_all:.4f}, wrong for",
+          f"those with {', '.join(map(str, wrong))} ones" if wrong else "none")
     save(os.path.join(args.out_dir, "parity.pt"),
          lambda temporary: torch.save({"sizes": sizes, "weights": model.state_dict()}, temporary))
     plot_training(model, history, args.seq_len, os.path.join(args.out_dir, "parity_training.png"), args.show)
