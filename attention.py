@@ -17,12 +17,12 @@ have to say?), one row each; queries and keys have d_k = 4 numbers, values have 
     0.00  0.00  0.00
     0.00  6.00  4.00
 
-    scores / sqrt(d_k), because a sum of d_k products grows like sqrt(d_k)
+    scores / sqrt(d_k): sums of d_k products spread like sqrt(d_k), softmax wants moderate ones
     2.00  0.00  1.00
     0.00  0.00  0.00
     0.00  3.00  2.00
 
-    weights = softmax of each row: positive, and every row sums to 1
+    weights = softmax of each row, exp(score) / sum of exp(scores): positive, and the row sums to 1
     0.67  0.09  0.24
     0.33  0.33  0.33
     0.04  0.71  0.26
@@ -33,10 +33,11 @@ have to say?), one row each; queries and keys have d_k = 4 numbers, values have 
     1.65  8.35
 
 The first query fits the first key best, so its output is closest to the first value. The second query asks for nothing
-in particular and gets the plain mean. That is all: `attention` below is these four lines, plus a mask.
+in particular and gets the plain mean. `attention` below is these four lines, plus a mask (which keys may a query see?
+not the padding, not the future), a sigmoid in place of the softmax for a later lesson, and a fast path.
 
     python attention.py                 the example above, then a dictionary that is learned in a few seconds
-    python attention.py --benchmark     what attention costs as the sequence grows: the T^2, and half of its cure
+    python attention.py --benchmark     time and memory grow like T^2; a fused kernel cures the memory only
 
 You will see the retrieval accuracy go to 1.0 and, in out/attention_dictionary.png, the weights before and after
 training: a dim blur turns into one bright cell in every row.
@@ -67,7 +68,7 @@ def attention(q, k, v, mask=None, activation="softmax", need_weights=True):
     q (..., T_q, d_k), k (..., T_k, d_k), v (..., T_k, d_v) give an output (..., T_q, d_v) and weights (..., T_q, T_k);
     leading dimensions (batch, heads, ...) broadcast. `mask` is boolean, broadcastable to (..., T_q, T_k), and True
     means *may attend*, as in `F.scaled_dot_product_attention`. Beware: in `nn.MultiheadAttention` True means the
-    opposite, and mixing up the two is the most common bug in attention code. A query that may attend to nothing gets
+    opposite, and mixing up the two is a common bug in attention code. A query that may attend to nothing gets
     zeros. Raises ValueError if the shapes do not fit or the mask is not boolean.
     """
     _check_shapes(q, k, v, mask)
@@ -84,7 +85,7 @@ def attention(q, k, v, mask=None, activation="softmax", need_weights=True):
         weights = scores.sigmoid()            # each key is let in or not on its own: a row may sum to anything
     if mask is not None:  # only a query with nothing to attend to still has weight to lose here
         weights = weights.masked_fill(~mask, 0.0)
-    return weights @ v, weights if need_weights else None                   # (..., T_q, d_v), (..., T_q, T_k)
+    return weights @ v, weights if need_weights else None                   # (..., T_q, d_v), (..., T_q, T_k) or None
 
 
 def worked_example():
@@ -93,12 +94,14 @@ def worked_example():
     key = torch.tensor([[1., 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]])                       # (3, 4)
     value = torch.tensor([[10., 0], [0, 10], [5, 5]])                                     # (3, 2)
     output, weights = attention(query, key, value)
-    steps = [("scores = query @ key.T, row i says how well query i fits each of the three keys", query @ key.T),
-             ("scores / sqrt(d_k), because a sum of d_k products grows like sqrt(d_k)", query @ key.T / math.sqrt(4)),
-             ("weights = softmax of each row: positive, and every row sums to 1", weights),
-             ("output = weights @ value, each row a weighted mean of the three values", output)]
+    scores = query @ key.T                                                                # (3, 3)
+    steps = {
+        "scores = query @ key.T, row i says how well query i fits each of the three keys": scores,
+        "scores / sqrt(d_k): sums of d_k products spread like sqrt(d_k), softmax wants moderate ones": scores / 4 ** 0.5,
+        "weights = softmax of each row, exp(score) / sum of exp(scores): positive, and the row sums to 1": weights,
+        "output = weights @ value, each row a weighted mean of the three values": output}
     return "\n\n".join("\n".join([title] + ["  ".join(f"{x:.2f}" for x in row) for row in table.tolist()])
-                       for title, table in steps)
+                       for title, table in steps.items())
 
 
 def _check_shapes(q, k, v, mask):
@@ -125,8 +128,8 @@ def _check_shapes(q, k, v, mask):
 def _fused_attention(q, k, v, mask):
     """The same output from torch's fused kernel, which never stores the (T_q, T_k) weights.
 
-    The kernel only does that for four dimensions (with any other number torch quietly falls back to the explicit
-    formula), so the leading ones are folded into one and unfolded again.
+    The kernel only does that for four dimensions and, on a CPU, for d_v = d_k; with anything else torch quietly falls
+    back to the explicit formula. So other leading dimensions than two are folded into one and unfolded again.
     """
     batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     q, k, v = (t.expand(*batch, *t.shape[-2:]) for t in (q, k, v))
@@ -135,11 +138,12 @@ def _fused_attention(q, k, v, mask):
         empty = ~mask.any(dim=-1, keepdim=True)                             # (..., T_q, 1) queries with no key at all
         mask = mask | empty                                                 # let them attend to everything for now
     if len(batch) == 2:
+        mask = mask if mask is None else mask.view((1,) * (4 - mask.ndim) + mask.shape)
         output = F.scaled_dot_product_attention(q, k, v, mask)              # (B, H, T_q, d_v)
     else:
         if mask is not None and mask.ndim > 2:
-            mask = mask.expand(*batch, *mask.shape[-2:]).flatten(0, -3).unsqueeze(0)
-        q, k, v = (t.reshape(1, -1, *t.shape[-2:]) for t in (q, k, v))      # (1, N, T, d)
+            mask = mask.expand(*batch, *mask.shape[-2:]).flatten(0, -3).unsqueeze(0)         # (1, N, T_q, T_k)
+        q, k, v = (t.reshape(1, math.prod(batch), *t.shape[-2:]) for t in (q, k, v))         # (1, N, T, d)
         output = F.scaled_dot_product_attention(q, k, v, mask).view(*batch, q.shape[-2], v.shape[-1])
     return output if mask is None else output.masked_fill(empty, 0.0)
 
@@ -162,7 +166,8 @@ def plot_attention(weights, x_labels, y_labels, path, titles=None, x_name="key",
     across = min(n_panels, 4)
     down = math.ceil(n_panels / across)
     longest = max(len(str(label)) for label in sum([*map(list, x_labels), *map(list, y_labels)], []))
-    width, height = (0.27 * max(n, 6) + 0.07 * longest + 0.7 for n in (n_columns, n_rows))  # inches for each panel
+    width, height = (0.27 * min(max(n, 6), 40) + 0.07 * longest + 0.7 for n in (n_columns, n_rows))  # inches a panel
+    nth_column, nth_row = (math.ceil(n / 40) for n in (n_columns, n_rows))                  # more labels would overlap
     figure, axes = plt.subplots(down, across, figsize=(across * width + 0.8, down * height + 0.3), squeeze=False,
                                 layout="constrained")
     for axis in axes.flat[n_panels:]:
@@ -170,8 +175,9 @@ def plot_attention(weights, x_labels, y_labels, path, titles=None, x_name="key",
     for axis, panel, title, x, y in zip(axes.flat, panels, titles, x_labels, y_labels):
         image = axis.imshow(panel.tolist(), vmin=0.0, vmax=max(panels.max().item(), 1e-6), cmap="viridis")
         upright = max(len(str(label)) for label in x) <= 2
-        axis.set_xticks(range(n_columns), [_literal(label) for label in x], rotation=0 if upright else 90, fontsize=8)
-        axis.set_yticks(range(n_rows), [_literal(label) for label in y], fontsize=8)
+        axis.set_xticks(range(n_columns)[::nth_column], [_literal(label) for label in x[::nth_column]],
+                        rotation=0 if upright else 90, fontsize=8)
+        axis.set_yticks(range(n_rows)[::nth_row], [_literal(label) for label in y[::nth_row]], fontsize=8)
         axis.set(title=_literal(title), xlabel=x_name, ylabel=y_name)
     figure.colorbar(image, ax=axes, label="attention weight")
     save_figure(figure, path, show)
@@ -218,10 +224,11 @@ def benchmark(args):
     """Time and extra memory of the explicit formula and of the fused kernel, forward and backward, T = 64 to 4096."""
     lengths = [64, 128, 256, 512, 1024, 2048, 4096]
     seconds, memory = {"explicit": [], "fused": []}, {"explicit": [], "fused": []}
-    print("4 heads of width 64, float32: milliseconds forward, forward + backward, MiB kept for the backward pass")
+    print("4 heads of width 64, float32: milliseconds forward, milliseconds with backward, MiB beside q, k and v",
+          "at the peak" if args.device == "cuda" else "kept for backward")
     print(f"{'T':>6} | {'explicit':^30} | {'fused':^30}")
     for T in lengths:
-        q, k, v = (torch.randn(1, 4, T, 64, device=args.device, requires_grad=True) for _ in range(3))  # (B, H, T, d_k)
+        q, k, v = (torch.randn(1, 4, T, 64, device=args.device, requires_grad=True) for _ in range(3))  # (B, H, T, d)
         runs = {"explicit": [], "fused": []}
         for _ in range(6):                          # in turns, so that a busy moment of the machine hits both alike
             for name in runs:
@@ -252,10 +259,10 @@ def benchmark(args):
 
 def time_attention(q, k, v, need_weights):
     """Seconds for the forward pass, and for forward and backward together."""
-    wait = torch.cuda.synchronize if q.is_cuda else lambda: None         # a GPU answers before it has finished
+    wait = getattr(torch, q.device.type).synchronize                     # a GPU answers before it has finished
     wait()
     start = time.perf_counter()
-    output, _ = attention(q, k, v, need_weights=need_weights)            # (B, H, T, d_k)
+    output, _ = attention(q, k, v, need_weights=need_weights)            # (B, H, T, d)
     wait()
     forward = time.perf_counter() - start
     output.sum().backward()
@@ -357,8 +364,8 @@ def save(path, write):
     try:
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        fail(f"cannot write {path} ({error.strerror})")
+    except (OSError, RuntimeError) as error:    # torch reports a full disk as a RuntimeError
+        fail(f"cannot write {path} ({getattr(error, 'strerror', None) or 'is the disk full?'})")
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -397,7 +404,7 @@ def main(argv=None):
     parser = make_parser(__doc__)
     parser.add_argument("--n_keys", type=number(int, 2, 64), default=12, help="entries of each dictionary")
     parser.add_argument("--d_model", type=number(int, 1, 1024), default=32, help="width of keys and queries")
-    parser.add_argument("--noise", type=number(float, 0, 100), default=0.1, help="added to the queries, keys have 1.0")
+    parser.add_argument("--noise", type=number(float, 0, 100), default=0.1, help="spread of the noise on queries")
     parser.add_argument("--steps", type=number(int, 1, 10 ** 6), default=400, help="training steps")
     parser.add_argument("--batch_size", type=number(int, 1, 4096), default=64, help="dictionaries in each step")
     parser.add_argument("--lr", type=number(float, 0, 10), default=0.01, help="learning rate of Adam")
@@ -409,7 +416,7 @@ def main(argv=None):
     print(worked_example(), end="\n\n")
 
     rotation = torch.linalg.qr(torch.randn(args.d_model, args.d_model))[0].to(args.device)  # (d_model, d_model)
-    value = torch.eye(args.n_keys, device=args.device)  # (n_keys, n_keys) value i is one-hot: the output is a guess
+    value = torch.eye(args.n_keys, device=args.device)  # (n_keys, n_keys) one-hot: the output is a probability of each
     model = DifferentiableDictionary(args.d_model).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     test_key, test_query, test_entry = make_lookups(1000, args.n_keys, rotation, args.noise)
@@ -417,7 +424,7 @@ def main(argv=None):
     def evaluate():
         with torch.no_grad():
             output, weights = model(test_query, test_key, value)         # (1000, n_keys, n_keys) both
-        loss = F.nll_loss(output.clamp_min(1e-9).log().flatten(0, 1), test_entry.flatten())
+        loss = F.nll_loss(output.clamp_min(1e-9).log().transpose(1, 2), test_entry)
         return loss.item(), (output.argmax(-1) == test_entry).float().mean().item(), weights[0]
 
     loss, accuracy, before = evaluate()
@@ -427,7 +434,7 @@ def main(argv=None):
     for step in range(1, args.steps + 1):
         key, query, entry = make_lookups(args.batch_size, args.n_keys, rotation, args.noise)
         output, _ = model(query, key, value)                             # (B, n_keys, n_keys)
-        loss = F.nll_loss(output.clamp_min(1e-9).log().flatten(0, 1), entry.flatten())
+        loss = F.nll_loss(output.clamp_min(1e-9).log().transpose(1, 2), entry)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
