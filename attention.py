@@ -97,7 +97,7 @@ def worked_example():
     scores = query @ key.T                                                                # (3, 3)
     steps = {
         "scores = query @ key.T, row i says how well query i fits each of the three keys": scores,
-        "scores / sqrt(d_k): sums of d_k products spread like sqrt(d_k), softmax wants moderate ones": scores / 4 ** 0.5,
+        "scores / sqrt(d_k): sums of d_k products spread like sqrt(d_k), softmax wants moderate ones": scores / 2,
         "weights = softmax of each row, exp(score) / sum of exp(scores): positive, and the row sums to 1": weights,
         "output = weights @ value, each row a weighted mean of the three values": output}
     return "\n\n".join("\n".join([title] + ["  ".join(f"{x:.2f}" for x in row) for row in table.tolist()])

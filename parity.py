@@ -164,6 +164,7 @@ def exact_accuracy(model, seq_len):
 # 2^T strings, which is to say on T + 1 of them weighted by their shares. So small a problem leaves a computer idle; 256
 # models side by side cost little more than one.
 
+SWEEP_STEPS = 2000
 LADDER = [  # d_model, d_key, n_heads, mlp_factor, n_layers; how many seeds
     ((8, 8, 2, 4, 2), 8),
     ((8, 4, 1, 1, 1), 32),
@@ -230,7 +231,7 @@ def sweep(args):
     print("d_model  d_key  n_heads  mlp_factor  n_layers | params  seeds    best  median  > 0.95  all right")
     rungs = []
     for sizes, n_seeds in LADDER:
-        best, weights = train_many(sizes, range(args.seed, args.seed + n_seeds), args.seq_len, 2000, args.device)
+        best, weights = train_many(sizes, range(args.seed, args.seed + n_seeds), args.seq_len, SWEEP_STEPS, args.device)
         weights = {name: value[best.argmax()].cpu().clone() for name, value in weights.items()}
         params = sum(value.numel() for value in weights.values())
         print("{:7} {:6} {:8} {:11} {:9} |".format(*sizes), f"{params:6} {n_seeds:6} {best.max():7.4f}",

@@ -418,7 +418,8 @@ def test_models_trained_side_by_side_do_not_disturb_one_another():
 
 
 def test_the_sweep_saves_a_winner_that_passes_the_check(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(parity, "LADDER", [((8, 4, 1, 1, 1), 8), ((1, 1, 1, 1, 1), 2), ((8, 1, 1, 1, 0), 2)])
+    monkeypatch.setattr(parity, "LADDER", [((8, 4, 1, 1, 1), 4), ((1, 1, 1, 1, 1), 2), ((8, 1, 1, 1, 0), 2)])
+    monkeypatch.setattr(parity, "SWEEP_STEPS", 200)
     result = result_of(parity, ["--sweep", "--seq_len", "2", "--device", "cpu", "--out_dir", str(tmp_path)], capsys)
     assert result["params"] == "514" and float(result["accuracy_all"]) == 1.0
     winner = torch.load(tmp_path / "parity_514.pt", weights_only=True)
