@@ -270,7 +270,7 @@ def plot_sweep(rungs, path, show):
         axis.plot(params, best, style, color=color, label=label)
     axis.axhline(0.95, color="grey", linestyle=":", label="0.95")
     axis.set(xscale="log", xlabel="parameters", ylabel="accuracy over all strings (one dot a seed)")
-    axis.set_xticks([rung[1] for rung in rungs], [rung[1] for rung in rungs], rotation=90)
+    axis.set_xticks([rung[1] for rung in rungs], [rung[1] for rung in rungs], rotation=90, fontsize=8)
     axis.minorticks_off()
     axis.legend(loc="lower right")
     save_figure(figure, path, show)

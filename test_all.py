@@ -366,6 +366,28 @@ def test_the_computed_accuracy_equals_trying_all_strings(seq_len):
     assert len(seen) > 1    # not all models got the same, so the test can fail
 
 
+def test_parity_is_uncorrelated_with_every_polynomial_of_the_count_below_degree_T():
+    """So there is nothing for a gradient to hold on to until the model zigzags: the plateau."""
+    correlation = [sum((-1) ** c * math.comb(10, c) * c ** degree for c in range(11)) for degree in range(11)]
+    assert correlation[:10] == [0] * 10 and correlation[10] != 0
+
+
+def test_gradients_grow_many_times_over_when_the_plateau_ends():
+    """Why Adam's usual beta2 = 0.999, a memory of 1,000 steps, throws the model past the exit."""
+    strings, parities, shares = parity.one_string_per_count(6)
+    model = parity.TransformerClassifier(2, 2, 8, 8, 2, 4, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.006, betas=(0.9, 0.9))
+    norms, losses = [], []
+    for _ in range(200):
+        losses.append((F.cross_entropy(model(strings), parities, reduction="none") * shares).sum())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        optimizer.step()
+    end = next(step for step, loss in enumerate(losses) if loss < 0.6)      # ln 2 = 0.69
+    assert max(norms[end - 5:end + 20]) > 10 * min(norms[:end])
+
+
 def test_one_string_per_count():
     strings, parities, shares = parity.one_string_per_count(10)
     assert strings.sum(1).tolist() == list(range(11)) and parities.tolist() == [0, 1] * 5 + [0]
