@@ -377,15 +377,15 @@ def test_gradients_grow_many_times_over_when_the_plateau_ends():
     strings, parities, shares = parity.one_string_per_count(6)
     model = parity.TransformerClassifier(2, 2, 8, 8, 2, 4, 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.006, betas=(0.9, 0.9))
-    norms, losses = [], []
-    for _ in range(200):
-        losses.append((F.cross_entropy(model(strings), parities, reduction="none") * shares).sum())
+    norms, loss = [], math.inf
+    while loss > 0.5:                                                    # the plateau is at ln 2 = 0.69
+        assert len(norms) < 300
+        loss = (F.cross_entropy(model(strings), parities, reduction="none") * shares).sum()
         optimizer.zero_grad()
-        losses[-1].backward()
+        loss.backward()
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         optimizer.step()
-    end = next(step for step, loss in enumerate(losses) if loss < 0.6)      # ln 2 = 0.69
-    assert max(norms[end - 5:end + 20]) > 10 * min(norms[:end])
+    assert max(norms[-20:]) > 10 * min(norms[:-20])
 
 
 def test_one_string_per_count():
@@ -505,16 +505,16 @@ def test_help_begins_like_the_chapter_and_shows_every_default(script, capsys):
     assert len(options) > 8 and all("(default: " in " ".join(option.split()) for option in options)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_ctrl_c_ends_with_one_line_and_status_130(script, tmp_path):
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, f"{script}.py"), "--steps", "100000", "--lr", "0",
-                                "--device", "cpu", "--out_dir", str(tmp_path)], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    while "before the first step" not in process.stdout.readline():
-        assert process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Ctrl-C" in error and "Traceback" not in error
+def test_ctrl_c_ends_with_one_line_and_status_130(tmp_path):
+    processes = [subprocess.Popen([sys.executable, os.path.join(HERE, f"{script}.py"), "--steps", "100000", "--lr", "0",
+                                   "--device", "cpu", "--out_dir", str(tmp_path)], stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, text=True, cwd=tmp_path) for script in SCRIPTS]
+    for process in processes:
+        while "before the first step" not in process.stdout.readline():
+            assert process.poll() is None, process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 130 and "Ctrl-C" in error and "Traceback" not in error
     assert not os.listdir(tmp_path)      # nothing half written
 
 
