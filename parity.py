@@ -169,7 +169,7 @@ LADDER = [  # d_model, d_key, n_heads, mlp_factor, n_layers; how many seeds
     ((8, 8, 2, 4, 2), 8),
     ((8, 4, 1, 1, 1), 32),
     ((3, 1, 1, 1, 1), 64),
-    ((2, 1, 1, 1, 1), 384),
+    ((2, 1, 1, 1, 1), 256),
     ((1, 1, 1, 1, 1), 4),
     ((8, 1, 1, 1, 0), 64),  # no block at all: d_key, n_heads and mlp_factor mean nothing here
     ((5, 1, 1, 1, 0), 64),
