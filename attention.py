@@ -280,6 +280,7 @@ def memory_of_attention(q, k, v, need_weights):
     kept = {}
 
     def pack(tensor):
+        """Called with every tensor that autograd keeps; two tensors may share one storage, which counts once."""
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -301,6 +302,7 @@ def fail(message):
 def number(kind, low, high):
     """A type for argparse: an int or a float from `low` to `high` (NaN is neither above nor below anything)."""
     def parse(text):
+        """The number that `text` spells, or argparse's error."""
         try:
             value = kind(text)
         except ValueError:
@@ -347,6 +349,7 @@ def progress(total):
     began = last = time.perf_counter()
 
     def report(step, **values):
+        """Print the line if it is time, or if this is the last step."""
         nonlocal last
         now = time.perf_counter()
         if now - last < 2 and step < total:
@@ -422,6 +425,7 @@ def main(argv=None):
     test_key, test_query, test_entry = make_lookups(1000, args.n_keys, rotation, args.noise)
 
     def evaluate():
+        """Loss and accuracy on the unseen dictionaries, and the weights (n_keys, n_keys) of the first."""
         with torch.no_grad():
             output, weights = model(test_query, test_key, value)         # (1000, n_keys, n_keys) both
         loss = F.nll_loss(output.clamp_min(1e-9).log().transpose(1, 2), test_entry)
