@@ -46,12 +46,16 @@ Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1 (https://arxiv.o
 """
 
 import argparse
+import hashlib
+import http.client
 import math
 import os
+import pathlib
 import statistics
 import sys
 import tempfile
 import time
+import urllib.request
 
 import matplotlib.pyplot as plt
 import torch
@@ -372,6 +376,37 @@ def save(path, write):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def load(path):
+    """What `torch.save` wrote to `path`, onto the CPU: tensors and plain values only, a file that holds code fails."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"there is no file {path}")
+    except Exception:                           # zip, pickle and torch each have their own words for a damaged file
+        fail(f"cannot load {path}: it is damaged, or no file of weights")
+
+
+def download(url, path, sha256):
+    """The bytes of the file at `path`, fetched from `url` if it is not there yet; their SHA-256 must be `sha256`."""
+    path = pathlib.Path(path)
+    source = path if path.exists() else url
+    try:
+        if source == path:
+            content = path.read_bytes()
+        else:
+            print("fetching", url, flush=True)
+            with urllib.request.urlopen(url, timeout=30) as response:
+                content = response.read()
+            path.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, http.client.HTTPException) as error:   # no network, no such page, a cut connection, no such folder
+        fail(f"cannot get {source} ({type(error).__name__}): try again, or put the file at {path} by hand")
+    if hashlib.sha256(content).hexdigest() != sha256:
+        fail(f"{source} is not the file that is wanted here: its SHA-256 is not {sha256}")
+    if source == url:
+        save(path, lambda temporary: pathlib.Path(temporary).write_bytes(content))
+    return content
 
 
 def save_figure(figure, path, show=False):

@@ -1,6 +1,8 @@
 """Is all of it true? Every claim of the scripts, in their order: `pytest test_all.py` reads like a list of them."""
 
 import argparse
+import hashlib
+import http.server
 import itertools
 import math
 import os
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import matplotlib
 import pytest
@@ -20,7 +23,7 @@ matplotlib.use("Agg")  # no window, whatever the machine
 
 import attention as attention_script  # noqa: E402
 import parity  # noqa: E402
-from attention import attention, number, plot_attention, progress, save  # noqa: E402
+from attention import attention, download, load, number, plot_attention, progress, save  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPTS = {"attention": attention_script, "parity": parity}
@@ -209,6 +212,81 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_numbers_out_of_range_are_refused(kind, text):
     with pytest.raises(argparse.ArgumentTypeError, match="from 1 to 10"):
         number(kind, 1, 10)(text)
+
+
+@pytest.fixture
+def server():
+    """A web server on 127.0.0.1: /file is whole, /cut ends too early, anything else is missing."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path in ("/file", "/cut") else 404)
+            self.send_header("Content-Length", "7" if self.path == "/file" else "9")
+            self.end_headers()
+            self.wfile.write(b"content" if self.path in ("/file", "/cut") else b"not found")
+
+        def log_message(self, *arguments):
+            pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+CONTENT_SHA256 = hashlib.sha256(b"content").hexdigest()
+
+
+def test_a_download_is_checked_and_kept(server, tmp_path):
+    path = tmp_path / "data" / "deep" / "file"
+    assert download(f"{server}/file", path, CONTENT_SHA256) == b"content"
+    assert path.read_bytes() == b"content" and os.listdir(path.parent) == ["file"]
+    assert download("http://127.0.0.1:1/never asked", path, CONTENT_SHA256) == b"content"      # from the disk now
+
+
+@pytest.mark.parametrize("page, sha256", [("/file", "0" * 64), ("/cut", CONTENT_SHA256), ("/no", CONTENT_SHA256)])
+def test_a_bad_download_is_one_line_and_leaves_nothing(server, page, sha256, tmp_path, capsys):
+    path = tmp_path / "data" / "file"
+    with pytest.raises(SystemExit) as stop:
+        download(server + page, path, sha256)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and server in error
+    assert not path.exists() and not list(tmp_path.glob("data/*"))
+
+
+def test_without_a_network_the_line_says_where_to_put_the_file(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        download("https://127.0.0.1:1/file", tmp_path / "file", CONTENT_SHA256)      # nobody listens there
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and str(tmp_path / "file") in error
+
+
+def test_a_file_on_the_disk_that_differs_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_bytes(b"something else")
+    with pytest.raises(SystemExit) as stop:
+        download("https://127.0.0.1:1/file", tmp_path / "file", CONTENT_SHA256)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and str(tmp_path / "file") in error
+
+
+class Code:
+    """What a pickle can hide: a call that is made while it is being read."""
+    def __reduce__(self):
+        return print, ("the pickle ran its code",)
+
+
+def test_load_takes_weights_and_nothing_else(tmp_path, capsys):
+    weights = {"sizes": (1, 2), "weights": {"w": torch.randn(3)}}
+    torch.save(weights, tmp_path / "good")
+    assert torch.equal(load(tmp_path / "good")["weights"]["w"], weights["weights"]["w"])
+    torch.save(Code(), tmp_path / "code")
+    whole = (tmp_path / "good").read_bytes()
+    for name, content in (("empty", b""), ("cut", whole[:len(whole) // 2]), ("text", b"hello"), ("zeros", bytes(99))):
+        (tmp_path / name).write_bytes(content)
+    for name in ("code", "empty", "cut", "text", "zeros", "missing", "."):
+        with pytest.raises(SystemExit) as stop:
+            load(tmp_path / name)
+        shown = capsys.readouterr()
+        assert stop.value.code == 2 and shown.err.count("\n") == 1 and str(tmp_path / name) in shown.err
+        assert not shown.out                                               # the code did not run
 
 
 def test_progress_prints_the_last_step_and_not_every_one(capsys):
