@@ -169,8 +169,10 @@ def plot_attention(weights, x_labels, y_labels, path, titles=None, x_name="key",
     titles = titles or ([f"head {h + 1}" for h in range(n_panels)] if n_panels > 1 else [""])
     across = min(n_panels, 4)
     down = math.ceil(n_panels / across)
-    longest = max(len(str(label)) for label in sum([*map(list, x_labels), *map(list, y_labels)], []))
-    width, height = (0.27 * min(max(n, 6), 40) + 0.07 * longest + 0.7 for n in (n_columns, n_rows))  # inches a panel
+    longest_x, longest_y = (max(len(str(label)) for labels in panel_labels for label in labels)
+                            for panel_labels in (x_labels, y_labels))
+    width = 0.27 * min(max(n_columns, 6), 40) + 0.07 * longest_y + 0.7                    # inches a panel
+    height = 0.27 * min(max(n_rows, 4), 40) + 0.07 * longest_x + 0.7
     nth_column, nth_row = (math.ceil(n / 40) for n in (n_columns, n_rows))                  # more labels would overlap
     figure, axes = plt.subplots(down, across, figsize=(across * width + 0.8, down * height + 0.3), squeeze=False,
                                 layout="constrained")

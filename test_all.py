@@ -22,17 +22,22 @@ from torch import nn
 matplotlib.use("Agg")  # no window, whatever the machine
 
 import attention as attention_script  # noqa: E402
+import counting  # noqa: E402
 import parity  # noqa: E402
 from attention import attention, download, load, number, plot_attention, progress, save  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SCRIPTS = {"attention": attention_script, "parity": parity}
+SCRIPTS = {"attention": attention_script, "parity": parity, "counting": counting}
+
+
+THREADS = torch.get_num_threads()
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
-    """No test depends on another: each starts from the same random numbers."""
+def same_start():
+    """No test depends on another: each starts with the same random numbers and all threads."""
     torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
 
 
 def result_of(script, arguments, capsys):
@@ -543,6 +548,234 @@ def test_the_check_on_all_strings_is_strict():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# counting.py: the model
+
+
+def test_the_counting_model_has_the_parts_that_the_exercise_draws():
+    model = counting.CountingModel(3, 10, 16)
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {
+        "query": (1, 3, 16), "key.weight": (16, 3), "key.bias": (16,), "value.weight": (16, 3), "value.bias": (16,),
+        "norm.weight": (16,), "norm.bias": (16,), "out.weight": (11, 16), "out.bias": (11,)}
+    assert isinstance(model.norm, nn.LayerNorm) and model.activation == "sigmoid"
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("length", [1, 4, 10])
+def test_counting_shapes_for_every_length(activation, length):
+    logits, weights = counting.CountingModel(3, 10, 8, activation)(torch.rand(5, length, 3))
+    assert logits.shape == (5, 3, 11) and weights.shape == (5, 3, length)
+
+
+def test_a_sequence_too_long_to_count_is_refused():
+    with pytest.raises(ValueError, match="11"):
+        counting.CountingModel(3, 10, 8)(torch.zeros(1, 11, 3))
+
+
+def wild_counter(*sizes):
+    """A counting model with large random weights in float64."""
+    model = counting.CountingModel(*sizes).double()
+    for p in model.parameters():
+        nn.init.normal_(p, std=2.0)
+    return model
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_the_counting_model_is_the_plain_formula(activation):
+    model, digits = wild_counter(3, 6, 4, activation), [2, 0, 0, 1, 2]
+    p = {name: value.detach() for name, value in model.named_parameters()}
+    logits, weights = model(F.one_hot(torch.tensor([digits]), 3).double())
+    for v in range(3):
+        query = p["query"][0, v]
+        scores = [query @ (p["key.weight"][:, d] + p["key.bias"]) / math.sqrt(4) for d in digits]
+        row = [1 / (1 + math.exp(-score)) for score in scores]
+        if activation == "softmax":
+            row = [math.exp(score) / sum(map(math.exp, scores)) for score in scores]
+        x = query + sum(weight * (p["value.weight"][:, d] + p["value.bias"]) for weight, d in zip(row, digits))
+        x = (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() * p["norm.weight"] + p["norm.bias"]
+        assert torch.allclose(weights[0, v], torch.tensor(row).double())
+        assert torch.allclose(logits[0, v], p["out.weight"] @ x + p["out.bias"])
+
+
+def test_softmax_cannot_count_over_lengths_and_sigmoid_can():
+    """With any weights the logits of x and of x written twice are equal under softmax, though all counts double."""
+    x, counts = counting.one_hot_and_counts(torch.randint(3, (20, 5)), 3)
+    twice, doubled = torch.cat([x, x], dim=1), 2 * counts                # (B, 2T, V), (B, V)
+    assert torch.equal(twice.sum(dim=1), doubled.float()) and (counts != doubled).any()
+    for _ in range(5):
+        model = wild_counter(3, 10, 8, "softmax")
+        assert torch.allclose(model(x.double())[0], model(twice.double())[0], atol=1e-8)
+    model = counting.train(small_counting(sequence_length=10, steps=200, lr=0.03, hidden=16), "sigmoid", quiet=True)
+    assert (model(x)[0] - model(twice)[0]).abs().amax(dim=2).min() > 1   # every digit that is there moves its logits
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_the_order_of_the_digits_makes_no_difference(activation):
+    model, x = wild_counter(3, 6, 8, activation), F.one_hot(torch.randint(3, (20, 6)), 3).double()
+    assert torch.allclose(model(x)[0], model(x.flip(1))[0], atol=1e-8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# counting.py: data and exact accuracy
+
+
+def test_the_example_of_the_exercise():
+    x, counts = counting.one_hot_and_counts(torch.tensor([[1, 0, 2, 1, 0, 1, 1, 0, 1, 2]]), 3)
+    assert counts.tolist() == [[3, 5, 2]] and x.shape == (1, 10, 3) and x.argmax(-1)[0, :4].tolist() == [1, 0, 2, 1]
+
+
+def test_the_counts_are_exact():
+    digits = counting.make_sequences(500, 7, 4)
+    _, counts = counting.one_hot_and_counts(digits, 4)
+    assert counts.tolist() == [[sequence.count(digit) for digit in range(4)] for sequence in digits.tolist()]
+
+
+def test_dirichlet_digits_make_all_combinations_of_counts_equally_frequent():
+    """66 combinations; with uniform digits ten equal ones come once in 3^10 / 3 = 19,683."""
+    for uniform, expected in ((False, 3 / 66), (True, 1 / 19_683)):
+        _, counts = counting.one_hot_and_counts(counting.make_sequences(20_000, 10, 3, uniform), 3)
+        share = (counts == 10).any(dim=1).double().mean().item()
+        assert abs(share - expected) < 0.006
+    _, counts = counting.one_hot_and_counts(counting.make_sequences(66_000, 10, 3), 3)
+    frequency = (counts[:, 0] * 11 + counts[:, 1]).bincount()
+    frequency = frequency[frequency > 0]
+    assert len(frequency) == 66 and 850 < frequency.min() and frequency.max() < 1150
+
+
+@pytest.mark.parametrize("vocab_size, length", [(3, 5), (2, 8), (4, 3), (1, 4)])
+def test_the_computed_accuracy_equals_trying_all_sequences(vocab_size, length):
+    model = counting.CountingModel(vocab_size, length, 8)
+    model.load_state_dict(wild_counter(vocab_size, length, 8).state_dict())
+    x, counts = counting.one_hot_and_counts(
+        torch.tensor(list(itertools.product(range(vocab_size), repeat=length))), vocab_size)
+    right = model(x)[0].argmax(dim=-1) == counts
+    accuracy, by_count, tried = counting.evaluate(model, vocab_size, length)
+    assert accuracy == pytest.approx(right.all(dim=1).double().mean().item()) and f"all {len(x):,} " in tried
+    for c in range(length + 1):
+        if (counts == c).any():
+            assert by_count[c].item() == pytest.approx(right[counts == c].double().mean().item())
+
+
+def test_too_many_sequences_are_sampled_and_the_output_says_so():
+    accuracy, by_count, tried = counting.evaluate(counting.CountingModel(10, 10, 8), 10, 10, 300)
+    assert tried == "300 random sequences of length 10" and 0 <= accuracy <= 1 and by_count.shape == (11,)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# counting.py: training
+
+
+def small_counting(**changed):
+    """The arguments of `counting.train` for a task that is learned in about a second."""
+    return argparse.Namespace(**{"vocab_size": 3, "sequence_length": 5, "hidden": 8, "lr": 0.03, "steps": 300,
+                                 "batch_size": 128, "device": "cpu", **changed})
+
+
+def test_counting_is_learned_exactly_saved_and_used_again(tmp_path, capsys):
+    common = ["--sequence_length", "5", "--steps", "400", "--device", "cpu", "--out_dir", str(tmp_path)]
+    result = result_of(counting, common, capsys)
+    assert float(result["accuracy_all"]) == 1 and int(result["params"]) == 48 + 64 + 64 + 32 + 17 * 6
+    assert is_png(tmp_path / "counting_weights.png")
+    saved = (tmp_path / "counting.pt").read_bytes()
+    counting.main([*common, "--sequence", "2, 1 2"])
+    shown = capsys.readouterr().out
+    assert "sequence: 2 1 2   counts: 0 1 2   true counts: 0 1 2" in shown and "before the first step" not in shown
+    assert "accuracy_all=1.0 " in shown and is_png(tmp_path / "counting_sequence.png")
+    assert (tmp_path / "counting.pt").read_bytes() == saved
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_the_same_seed_counts_the_same(activation):
+    models = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        models.append(counting.train(small_counting(steps=20), activation, quiet=True).state_dict())
+    first, second, other = models
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["query"], other["query"])
+
+
+def test_at_a_single_length_softmax_does_worse_and_an_mlp_mends_it(monkeypatch):
+    scores = {}
+    for readout in ("linear", "MLP"):
+        for activation in ("sigmoid", "softmax"):
+            torch.manual_seed(0)
+            model = counting.train(small_counting(steps=500, hidden=16), activation, shorter=False, quiet=True)
+            scores[activation, readout] = counting.evaluate(model, 3, 5)[0]
+
+        class WithMLP(counting.CountingModel):
+            def __init__(self, vocab_size, sequence_length, hidden, activation):
+                super().__init__(vocab_size, sequence_length, hidden, activation)
+                self.out = nn.Sequential(nn.Linear(hidden, 64), nn.ReLU(), nn.Linear(64, sequence_length + 1))
+        monkeypatch.setattr(counting, "CountingModel", WithMLP)
+    assert scores["sigmoid", "linear"] == 1 and scores["softmax", "linear"] < 0.9 and scores["softmax", "MLP"] > 0.98
+
+
+def test_only_several_lengths_teach_to_count_what_is_there():
+    scores = {}
+    for shorter in (False, True):
+        torch.manual_seed(0)
+        model = counting.train(small_counting(steps=400), "sigmoid", shorter=shorter, quiet=True)
+        scores[shorter] = [counting.evaluate(model, 3, length)[0] for length in range(1, 6)]
+    assert scores[True] == [1.0] * 5 and scores[False][-1] == 1 and max(scores[False][:3]) < 0.9
+
+
+def test_weight_decay_brings_back_a_query_whose_sigmoids_are_all_zero(monkeypatch):
+    class Dead(counting.CountingModel):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            with torch.no_grad():                  # the bias is in every key: a score of about -30, whatever is seen
+                self.query[0, 0] = -30 * math.sqrt(self.query.shape[2]) * self.key.bias / self.key.bias.square().sum()
+                self.key.weight *= 0.1
+    x = torch.eye(3).unsqueeze(0)                                        # (1, V, V)
+    dead = Dead(3, 5, 8)
+    gradient, = torch.autograd.grad(dead(x)[1][0, 0].sum(), dead.query)  # (1, V, hidden) through the weights alone
+    assert gradient[0, 0].abs().max() < 1e-6
+    monkeypatch.setattr(counting, "CountingModel", Dead)
+    highest = {}
+    for weight_decay in (0.0, 1e-3):
+        torch.manual_seed(0)
+        model = counting.train(small_counting(steps=600), "sigmoid", weight_decay=weight_decay, quiet=True)
+        highest[weight_decay] = model(x)[1][0, 0].max().item()
+    assert highest[0.0] < 0.001 and highest[1e-3] > 0.1
+
+
+def test_comparing_prints_and_draws(tmp_path, capsys):
+    result = result_of(counting, ["--compare", "--sequence_length", "2", "--steps", "3", "--hidden", "2", "--device",
+                                  "cpu", "--out_dir", str(tmp_path)], capsys)
+    assert {"accuracy_all", "accuracy_all_softmax", "params", "seconds"} == set(result)
+    assert is_png(tmp_path / "counting_compare.png") and is_png(tmp_path / "counting_both.png")
+
+
+def test_the_smallest_task_there_is(tmp_path, capsys):
+    result = result_of(counting, ["--vocab_size", "1", "--sequence_length", "1", "--hidden", "2", "--steps", "2",
+                                  "--batch_size", "2", "--device", "cpu", "--out_dir", str(tmp_path)], capsys)
+    assert 0 <= float(result["accuracy_all"]) <= 1
+
+
+def test_wrong_sequences_and_checkpoints_are_one_line_and_lose_nothing(tmp_path, capsys):
+    path = tmp_path / "counting.pt"
+    sizes = (3, 10, 16, "sigmoid")
+    good = {"sizes": sizes, "weights": counting.CountingModel(*sizes).state_dict()}
+    other = {"sizes": (4, 10, 16, "sigmoid"), "weights": counting.CountingModel(4, 10, 16).state_dict()}
+    lying = {"sizes": sizes, "weights": counting.CountingModel(3, 10, 8).state_dict()}
+    for content, sequence, named in ((good, "0 1 3", "'3'"), (good, "", "not 0"), (good, "0 " * 11, "not 11"),
+                                     (good, "0 one", "'one'"), (good, "0 -1", "'-1'"), (good, "1.0", "'1.0'"),
+                                     (other, "0 1", "--vocab_size 4"), (lying, "0 1", "damaged"),
+                                     ({"sizes": 7}, "0 1", "damaged"), ([], "0 1", "damaged"),
+                                     ({"sizes": sizes}, "0 1", "damaged"), (None, "0 1", "damaged")):
+        if content is None:
+            path.write_bytes(b"no file of weights")
+        else:
+            torch.save(content, path)
+        before = path.read_bytes()
+        with pytest.raises(SystemExit) as stop:
+            counting.main(["--sequence", sequence, "--device", "cpu", "--out_dir", str(tmp_path)])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and named in error, (sequence, error)
+        assert path.read_bytes() == before and os.listdir(tmp_path) == ["counting.pt"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Every script: wrong uses end with one line and status 2
 
 WRONG = [("attention", ["--n_keys", "1"]), ("attention", ["--noise", "nan"]), ("attention", ["--steps", "0"]),
@@ -552,7 +785,11 @@ WRONG = [("attention", ["--n_keys", "1"]), ("attention", ["--noise", "nan"]), ("
          ("parity", ["--steps", "1.5"]), ("parity", ["--n_samples", "1000000000000"]), ("parity", ["--n_samples", "4"]),
          ("parity", ["--n_samples", "999999999"]), ("parity", ["--lr", "-1"]), ("parity", ["--lr", "nan"]),
          ("parity", ["--weight_decay", "-1"]), ("parity", ["--seed", "-1"]), ("parity", ["--seed", "x"]),
-         ("parity", ["--sweep", "--seq_len", "17"])]
+         ("parity", ["--sweep", "--seq_len", "17"]),
+         ("counting", ["--vocab_size", "0"]), ("counting", ["--sequence_length", "0"]), ("counting", ["--hidden", "0"]),
+         ("counting", ["--hidden", "1"]), ("counting", ["--lr", "nan"]), ("counting", ["--steps", "0"]),
+         ("counting", ["--batch_size", "1"]), ("counting", ["--activation", "tanh"]),
+         ("counting", ["--compare", "--sequence", "1"])]
 
 
 @pytest.mark.parametrize("script, arguments", WRONG, ids=[" ".join([script, *words]) for script, words in WRONG])

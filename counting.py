@@ -1,0 +1,330 @@
+"""What does one attention layer learn, seen with the eye? And why not softmax?
+The task is to count how often each digit occurs: [1, 0, 2, 1, 0, 1, 1, 0, 1, 2] gives [3, 5, 2]. One attention layer,
+with one trainable query for each digit, learns it, and as there is only one layer its weights can be read off.
+
+The query for digit d should attend to every d and to nothing else: some weight here, none there. If each weight is a
+sigmoid of its own, the attention output is a *sum* with one term for every d in the sequence, and the number of terms
+is the count. Softmax makes the weights of a row sum to one, so its output is a *mean*, and a mean does not know of how
+many numbers it was taken. Two things follow from that, and they are not the same:
+
+  * At one fixed length softmax could still count, since 3 of 10 is a proportion, and at length 10 it means 3 and
+    nothing else. In training it goes badly all the same. The proportions are in the output, but a single linear map has
+    to turn them into one of 11 counts, and fails; a small MLP in its place gets them out (an exercise in README).
+  * Over lengths softmax cannot count, whatever its weights: write the sequence twice, and every softmax-weighted mean
+    stays as it was, although every count has doubled. The residual connection only adds a query that is the same for
+    every input, and LayerNorm only sees that sum, so neither of them can bring the lost number back.
+
+    python counting.py                                      train, count, draw the weights
+    python counting.py --sequence "1 0 2 1 0 1 1 0 1 2"     count your own sequence with the saved model
+    python counting.py --activation softmax                 the same with softmax
+    python counting.py --compare                            both, over several seeds, in about two minutes
+
+You will see the loss start near ln 11 (the counts 0 to 10 are 11 classes) and fall, all 59,049 sequences of length 10
+counted right, and the shorter ones too; the weight of each digit counted on each digit seen, as a 3 x 3 table; and in
+out/counting_weights.png the weights over one sequence.
+
+Attention is that of Vaswani et al. 2017, section 3.2.1 (https://arxiv.org/abs/1706.03762), with a sigmoid for the
+softmax; Ramapuram et al. 2024 (https://arxiv.org/abs/2409.04431) train large models that way.
+"""
+
+import itertools
+import math
+import os
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attention import attention, fail, load, make_parser, number, plot_attention, print_result, progress, run, save, \
+    save_figure, start
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model. B sequences of T digits, V different digits, and L, the greatest length, which is also the greatest count.
+
+
+class CountingModel(nn.Module):
+    """One-hot digits (B, T, V) -> logits of the counts 0 ... L of each digit (B, V, L+1), and the weights (B, V, T).
+
+    T may be anything from 1 to L = sequence_length; a longer sequence raises ValueError, since there is no output for
+    its counts.
+    """
+
+    def __init__(self, vocab_size, sequence_length, hidden, activation="sigmoid"):
+        super().__init__()
+        self.sequence_length, self.activation = sequence_length, activation
+        self.query = nn.Parameter(torch.randn(1, vocab_size, hidden))    # one for each digit, the same for every sample
+        self.key = nn.Linear(vocab_size, hidden)
+        self.value = nn.Linear(vocab_size, hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.out = nn.Linear(hidden, sequence_length + 1)                # one output for each possible count
+
+    def forward(self, x):
+        if x.shape[1] > self.sequence_length:
+            raise ValueError(f"this model counts up to {self.sequence_length} digits, got {x.shape[1]}")
+        key, value = self.key(x), self.value(x)                          # (B, T, hidden) both
+        output, weights = attention(self.query, key, value, activation=self.activation)  # (B, V, hidden), (B, V, T)
+        return self.out(self.norm(output + self.query)), weights         # (B, V, L+1), (B, V, T)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data, and an accuracy without a test set
+
+
+def make_sequences(n_samples, length, vocab_size, uniform=False):
+    """Random digits (n_samples, length).
+
+    If all digits are equally likely, a sequence of ten equal ones turns up once in 20,000, too rarely to learn what a
+    count of 10 looks like. So each sequence first draws from a Dirichlet distribution how likely its digits are,
+    which makes all combinations of counts equally frequent. `uniform` leaves that out.
+    """
+    likely = torch.ones(n_samples, vocab_size)                           # (n_samples, V)
+    if not uniform:
+        likely = torch.distributions.Dirichlet(likely).sample()
+    return torch.multinomial(likely, length, replacement=True)           # (n_samples, length)
+
+
+def one_hot_and_counts(digits, vocab_size):
+    """Digits (B, T) -> one-hot, as float (B, T, V), and how often each digit occurs (B, V)."""
+    x = F.one_hot(digits, vocab_size)                                    # (B, T, V)
+    return x.float(), x.sum(dim=1)                                       # (B, T, V), (B, V)
+
+
+@torch.no_grad()
+def evaluate(model, vocab_size, length, n_samples=20_000):
+    """Accuracy on sequences of one length: the share with every count right, and the share right for each true count.
+
+    Returns the two, a float and a tensor (length+1,), and a text that says what was tried. Up to two million sequences
+    all are: their order makes no difference to the model, so it sees one sequence for each combination of counts, and
+    each stands for all its orders. The 59,049 sequences of length 10 are 66 combinations. If there are more than two
+    million, `n_samples` random ones have to do.
+    """
+    exhaustive = vocab_size ** length <= 2_000_000
+    if exhaustive:
+        digits = torch.tensor(list(itertools.combinations_with_replacement(range(vocab_size), length)))  # (N, length)
+    else:
+        digits = make_sequences(n_samples, length, vocab_size, uniform=True)             # (N, length)
+    all_right, n_sequences = 0.0, 0.0
+    n_right, n_seen = torch.zeros(2, length + 1, dtype=torch.float64)    # (length+1,) both
+    for some in digits.split(1000):
+        x, counts = one_hot_and_counts(some, vocab_size)                 # (n, length, V), (n, V)
+        right = (model(x.to(model.query.device))[0].argmax(dim=-1).cpu() == counts).double()             # (n, V)
+        orders = torch.ones(len(some), dtype=torch.float64)              # (n,)
+        if exhaustive:                                                   # length! / (count_0! count_1! ...)
+            orders = (math.lgamma(length + 1) - torch.lgamma(counts.double() + 1).sum(dim=1)).exp().round()
+        all_right += (right.prod(dim=1) * orders).sum().item()
+        n_sequences += orders.sum().item()
+        n_right.index_add_(0, counts.flatten(), (right * orders[:, None]).flatten())
+        n_seen.index_add_(0, counts.flatten(), orders.repeat_interleave(vocab_size))
+    tried = f"all {vocab_size ** length:,}" if exhaustive else f"{n_samples:,} random"
+    return all_right / n_sequences, n_right / n_seen, f"{tried} sequences of length {length}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(args, activation, uniform=False, shorter=True, weight_decay=1e-3, quiet=False):
+    """Train one model on fresh random sequences and return it.
+
+    Half of every batch has the full length and half a shorter one, drawn anew in each step. At a single length a model
+    may just as well count what is *not* there, since 3 of one digit are 7 of the others, and then its weights say
+    little; with several lengths only one way is left. `shorter=False` trains at the full length alone.
+    """
+    torch.set_num_threads(1)  # the tensors are so small that a second thread costs more than it brings
+    model = CountingModel(args.vocab_size, args.sequence_length, args.hidden, activation).to(args.device)
+    # Without weight decay about one run in ten ends with a digit that is never counted: the first large steps push all
+    # scores of its query down until its sigmoids give 0.00, where they are flat and let no gradient through. The decay
+    # of queries and keys is then all that still pulls at that query, and Adam, which divides each gradient by its usual
+    # size, makes full steps even of so small a pull: back to where the sigmoid has a slope.
+    decaying = [model.query, *model.key.parameters()]
+    others = [p for module in (model.value, model.norm, model.out) for p in module.parameters()]
+    optimizer = torch.optim.Adam([{"params": decaying, "weight_decay": weight_decay}, {"params": others}], lr=args.lr)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, cycle_momentum=False)
+    report = progress(args.steps)
+    for step in range(args.steps):
+        short = torch.randint(1, args.sequence_length + 1, ()).item() if shorter else args.sequence_length
+        logits, counts = [], []
+        for length in (args.sequence_length, short):
+            digits = make_sequences(args.batch_size // 2, length, args.vocab_size, uniform)              # (B/2, T)
+            x, true = one_hot_and_counts(digits.to(args.device), args.vocab_size)        # (B/2, T, V), (B/2, V)
+            logits.append(model(x)[0])                                   # (B/2, V, L+1)
+            counts.append(true)
+        logits, counts = torch.cat(logits), torch.cat(counts)            # (B, V, L+1), (B, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), counts.flatten())
+        if not torch.isfinite(loss):
+            fail(f"the loss is {loss.item()} at step {step}: try a lower --lr")
+        if step == 0 and not quiet:
+            print(f"before the first step: loss {loss.item():.4f} (knowing nothing: ln {args.sequence_length + 1} = "
+                  f"{math.log(args.sequence_length + 1):.4f})", flush=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        if not quiet:
+            report(step + 1, loss=loss.item(), accuracy=(logits.argmax(dim=-1) == counts).float().mean().item())
+    if not all(torch.isfinite(p).all() for p in model.parameters()):
+        fail("the last step made the weights infinite: try a lower --lr")
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What it has learned
+
+
+@torch.no_grad()
+def count(model, digits, vocab_size):
+    """Count one sequence, a list of T digits: predicted counts (V,), true counts (V,), weights (V, T)."""
+    x, counts = one_hot_and_counts(torch.tensor([digits]), vocab_size)   # (1, T, V), (1, V)
+    logits, weights = model(x.to(model.query.device))                    # (1, V, L+1), (1, V, T)
+    return logits[0].argmax(dim=-1).tolist(), counts[0].tolist(), weights[0].cpu()
+
+
+def print_table(model, vocab_size):
+    """Print the weight of each digit counted on each digit seen, measured on a sequence that has each digit once."""
+    weights = count(model, list(range(vocab_size)), vocab_size)[2].tolist()              # V lists of V numbers
+    print(f"weight of each digit counted (row) on each digit seen (column), {model.activation}, beside one by hand:")
+    print("   ", "".join(f"{digit:6}" for digit in range(vocab_size)), "   ", *range(vocab_size))
+    for digit, row in enumerate(weights):
+        print(f"{digit:4}", "".join(f"{weight:6.2f}" for weight in row), "   ",
+              *(int(digit == seen) for seen in range(vocab_size)))
+
+
+def plot_counts(models, digits, vocab_size, path, show):
+    """Draw the weights of each model over one sequence, with predicted and true counts beside the rows."""
+    counted = [count(model, digits, vocab_size) for model in models]
+    rows = [[f"{digit}:  {guess} (true {true})" for digit, (guess, true) in enumerate(zip(predicted, counts))]
+            for predicted, counts, _ in counted]
+    plot_attention(torch.stack([weights for _, _, weights in counted]), digits, rows, path,
+                   [model.activation for model in models], "the sequence", "digit:  count", show)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sigmoid and softmax compared
+
+
+def compare(args, n_seeds=5):
+    """Train both activations on three kinds of data with several seeds; print and draw the shares that are right."""
+    L = args.sequence_length
+    kinds = [(f"Dirichlet, length {L}", {"shorter": False}),
+             (f"uniform, length {L}", {"shorter": False, "uniform": True}),
+             (f"Dirichlet, lengths 1 to {L}", {})]
+    print(f"Mean over {n_seeds} seeds. First the share of sequences with every count right; then, at length {L}, the "
+          f"share\nof counts that are right, for each true count from 0 to {L}.\n\n"
+          f"{'activation, digits trained on':39} | all right  length {L:<3} shorter | by true count")
+    results = {}
+    for activation in ("sigmoid", "softmax"):
+        for kind, how in kinds:
+            by_length, by_count, models = [], [], []
+            for seed in range(args.seed, args.seed + n_seeds):
+                torch.manual_seed(seed)
+                models.append(train(args, activation, quiet=True, **how))
+                scores = [evaluate(models[-1], args.vocab_size, length) for length in range(1, L + 1)]
+                by_length.append([accuracy for accuracy, _, _ in scores])
+                by_count.append(scores[-1][1])
+            by_length, by_count = torch.tensor(by_length), torch.stack(by_count).mean(dim=0)         # (S, L), (L+1,)
+            results[activation, kind] = by_length, by_count, models[0]
+            print(f"{activation + ', ' + kind:39} | {(by_length[:, -1] == 1).sum():4} seeds  "
+                  f"{by_length[:, -1].mean():10.3f} {by_length[:, :-1].mean():7.3f} |",
+                  *(f"{share:4.2f}" for share in by_count.tolist()), flush=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    for activation, colour, marker in (("sigmoid", "C0", "o"), ("softmax", "C1", "s")):
+        for (kind, _), line in zip(kinds, ("-", "--", "-")):
+            by_length, by_count, _ = results[activation, kind]
+            axis, values, first = (left, by_count, 0) if kind != kinds[2][0] else (right, by_length.mean(dim=0), 1)
+            axis.plot(range(first, L + 1), values.tolist(), line, color=colour, marker=marker,
+                      label=f"{activation}, {kind.split(',')[0]}")
+    left.set(title=f"trained at length {L} only", xlabel=f"true count (at length {L})", ylabel="share that is right")
+    right.set(title=f"trained at lengths 1 to {L}", xlabel="length of the sequence")
+    left.legend(title="share of counts")
+    right.legend(title="share of sequences")
+    save_figure(figure, os.path.join(args.out_dir, "counting_compare.png"), args.show)
+    models = [results[activation, kinds[2][0]][2] for activation in ("sigmoid", "softmax")]
+    plot_counts(models, example(args), args.vocab_size, os.path.join(args.out_dir, "counting_both.png"), args.show)
+    return {"accuracy_all": results["sigmoid", kinds[2][0]][0][:, -1].mean().item(),
+            "accuracy_all_softmax": results["softmax", kinds[2][0]][0][:, -1].mean().item(),
+            "params": sum(p.numel() for p in models[0].parameters())}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def example(args):
+    """The sequence at the top of this file, or a random one if the sizes are others."""
+    if args.vocab_size == 3 and args.sequence_length >= 10:
+        return [1, 0, 2, 1, 0, 1, 1, 0, 1, 2]
+    return make_sequences(1, args.sequence_length, args.vocab_size)[0].tolist()
+
+
+def read_sequence(args):
+    """The digits of --sequence as a list."""
+    words = args.sequence.replace(",", " ").split()
+    if not 1 <= len(words) <= args.sequence_length:
+        fail(f"argument --sequence: takes 1 to {args.sequence_length} digits (--sequence_length), not {len(words)}")
+    for word in words:
+        if word not in map(str, range(args.vocab_size)):
+            fail(f"argument --sequence: takes digits from 0 to {args.vocab_size - 1} (--vocab_size), not {word!r}")
+    return [int(word) for word in words]
+
+
+def load_model(path, args):
+    """The model that an earlier run saved to `path`; it must have the sizes that are asked for now."""
+    saved, wanted = load(path), (args.vocab_size, args.sequence_length, args.hidden, args.activation)
+    try:
+        sizes = tuple(saved["sizes"])
+        if sizes == wanted:
+            model = CountingModel(*sizes)
+            model.load_state_dict(saved["weights"])
+            return model.to(args.device)
+    except (KeyError, TypeError, AttributeError, RuntimeError):
+        fail(f"{path} was not saved by counting.py, or is damaged")
+    names = ("--vocab_size", "--sequence_length", "--hidden", "--activation")
+    fail(f"{path} has other sizes: it takes " + " ".join(f"{name} {size}" for name, size in zip(names, sizes)))
+
+
+def main(argv=None):
+    """Train (or load) the model, evaluate it on all sequences, print its table and draw its weights (or compare)."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--vocab_size", type=number(int, 1, 100), default=3, help="how many different digits")
+    parser.add_argument("--sequence_length", type=number(int, 1, 100), default=10, help="greatest length")
+    parser.add_argument("--hidden", type=number(int, 2, 1024), default=16, help="width of queries, keys and values")
+    parser.add_argument("--activation", choices=["sigmoid", "softmax"], default="sigmoid",
+                        help="what makes weights of the scores")
+    parser.add_argument("--lr", type=number(float, 0, 1), default=0.03, help="peak of Adam's learning rate")
+    parser.add_argument("--steps", type=number(int, 1, 10 ** 6), default=1000, help="training steps")
+    parser.add_argument("--batch_size", type=number(int, 2, 4096), default=256, help="sequences in each step, even")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--sequence", help="count these digits with the model saved in --out_dir (train if none is)")
+    either.add_argument("--compare", action="store_true", help="train sigmoid and softmax with several seeds")
+    args = start(parser, argv)
+    digits = example(args) if args.sequence is None else read_sequence(args)
+    if args.compare:
+        print_result(args, **compare(args))
+        return
+
+    path = os.path.join(args.out_dir, "counting.pt")
+    if args.sequence is not None and os.path.exists(path):
+        model = load_model(path, args)
+    else:
+        model = train(args, args.activation)
+        sizes = (args.vocab_size, args.sequence_length, args.hidden, args.activation)
+        weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+        save(path, lambda temporary: torch.save({"sizes": sizes, "weights": weights}, temporary))
+        print("saved:", path)
+    accuracy_all, _, tried = evaluate(model, args.vocab_size, args.sequence_length)
+    print(f"{tried}: {accuracy_all:.4f} with every count right")
+    if args.sequence_length > 1:
+        shorter = [evaluate(model, args.vocab_size, length, 1000)[0] for length in range(1, args.sequence_length)]
+        print(f"shorter sequences, mean over the lengths: {sum(shorter) / len(shorter):.4f}")
+    if args.vocab_size <= min(args.sequence_length, 10):
+        print_table(model, args.vocab_size)
+    predicted, counts, _ = count(model, digits, args.vocab_size)
+    print("sequence:", *digits, "  counts:", *predicted, "  true counts:", *counts)
+    picture = "counting_weights.png" if args.sequence is None else "counting_sequence.png"
+    plot_counts([model], digits, args.vocab_size, os.path.join(args.out_dir, picture), args.show)
+    print_result(args, accuracy_all=accuracy_all, params=sum(p.numel() for p in model.parameters()))
+
+
+if __name__ == "__main__":
+    run(main)
