@@ -566,11 +566,6 @@ def test_counting_shapes_for_every_length(activation, length):
     assert logits.shape == (5, 3, 11) and weights.shape == (5, 3, length)
 
 
-def test_a_sequence_too_long_to_count_is_refused():
-    with pytest.raises(ValueError, match="11"):
-        counting.CountingModel(3, 10, 8)(torch.zeros(1, 11, 3))
-
-
 def wild_counter(*sizes):
     """A counting model with large random weights in float64."""
     model = counting.CountingModel(*sizes).double()
@@ -602,10 +597,11 @@ def test_softmax_cannot_count_over_lengths_and_sigmoid_can():
     twice, doubled = torch.cat([x, x], dim=1), 2 * counts                # (B, 2T, V), (B, V)
     assert torch.equal(twice.sum(dim=1), doubled.float()) and (counts != doubled).any()
     for _ in range(5):
-        model = wild_counter(3, 10, 8, "softmax")
+        model = wild_counter(3, 5, 8, "softmax")
         assert torch.allclose(model(x.double())[0], model(twice.double())[0], atol=1e-8)
     model = counting.train(small_counting(sequence_length=10, steps=200, lr=0.03, hidden=16), "sigmoid", quiet=True)
-    assert (model(x)[0] - model(twice)[0]).abs().amax(dim=2).min() > 1   # every digit that is there moves its logits
+    moved = (model(x)[0] - model(twice)[0]).abs().amax(dim=2)            # (B, V)
+    assert moved[counts > 0].min() > 1
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
