@@ -690,29 +690,30 @@ def test_the_same_seed_counts_the_same(activation):
     assert not torch.equal(first["query"], other["query"])
 
 
-def test_at_a_single_length_softmax_does_worse_and_an_mlp_mends_it(monkeypatch):
-    scores = {}
-    for readout in ("linear", "MLP"):
-        for activation in ("sigmoid", "softmax"):
-            torch.manual_seed(0)
-            model = counting.train(small_counting(steps=500, hidden=16), activation, shorter=False, quiet=True)
-            scores[activation, readout] = counting.evaluate(model, 3, 5)[0]
+class CountingWithMLP(counting.CountingModel):
+    """The model with a small MLP as its readout (exercise 5 in README)."""
+    def __init__(self, vocab_size, sequence_length, hidden, activation):
+        super().__init__(vocab_size, sequence_length, hidden, activation)
+        self.out = nn.Sequential(nn.Linear(hidden, 64), nn.ReLU(), nn.Linear(64, sequence_length + 1))
 
-        class WithMLP(counting.CountingModel):
-            def __init__(self, vocab_size, sequence_length, hidden, activation):
-                super().__init__(vocab_size, sequence_length, hidden, activation)
-                self.out = nn.Sequential(nn.Linear(hidden, 64), nn.ReLU(), nn.Linear(64, sequence_length + 1))
-        monkeypatch.setattr(counting, "CountingModel", WithMLP)
-    assert scores["sigmoid", "linear"] == 1 and scores["softmax", "linear"] < 0.9 and scores["softmax", "MLP"] > 0.98
+
+def test_at_a_single_length_softmax_fails_with_a_linear_readout_and_not_with_an_mlp(monkeypatch):
+    scores = []
+    for model in (counting.CountingModel, CountingWithMLP):
+        monkeypatch.setattr(counting, "CountingModel", model)
+        torch.manual_seed(0)
+        trained = counting.train(small_counting(hidden=16), "softmax", shorter=False, quiet=True)
+        scores.append(counting.evaluate(trained, 3, 5)[0])
+    assert scores[0] < 0.9 and scores[1] > 0.98
 
 
 def test_only_several_lengths_teach_to_count_what_is_there():
     scores = {}
     for shorter in (False, True):
         torch.manual_seed(0)
-        model = counting.train(small_counting(steps=400), "sigmoid", shorter=shorter, quiet=True)
+        model = counting.train(small_counting(), "sigmoid", shorter=shorter, quiet=True)
         scores[shorter] = [counting.evaluate(model, 3, length)[0] for length in range(1, 6)]
-    assert scores[True] == [1.0] * 5 and scores[False][-1] == 1 and max(scores[False][:3]) < 0.9
+    assert min(scores[True]) > 0.98 and scores[False][-1] > 0.98 and max(scores[False][:3]) < 0.8
 
 
 def test_weight_decay_brings_back_a_query_whose_sigmoids_are_all_zero(monkeypatch):
@@ -730,7 +731,7 @@ def test_weight_decay_brings_back_a_query_whose_sigmoids_are_all_zero(monkeypatc
     highest = {}
     for weight_decay in (0.0, 1e-3):
         torch.manual_seed(0)
-        model = counting.train(small_counting(steps=600), "sigmoid", weight_decay=weight_decay, quiet=True)
+        model = counting.train(small_counting(steps=400), "sigmoid", weight_decay=weight_decay, quiet=True)
         highest[weight_decay] = model(x)[1][0, 0].max().item()
     assert highest[0.0] < 0.001 and highest[1e-3] > 0.1
 
