@@ -7,24 +7,24 @@ sigmoid of its own, the attention output is a *sum* with one term for every d in
 is the count. Softmax makes the weights of a row sum to one, so its output is a *mean*, and a mean does not know of how
 many numbers it was taken. Two things follow from that, and they are not the same:
 
-  * At one fixed length softmax could still count, since 3 of 10 is a proportion, and at length 10 it means 3 and
-    nothing else. In training it goes badly all the same. The proportions are in the output, but a single linear map has
-    to turn them into one of 11 counts, and fails; a small MLP in its place gets them out (an exercise in README).
+  * At one fixed length the counts are not lost: 3 of 10 is a proportion, and at length 10 it means 3 and nothing else.
+    Softmax does badly all the same, because a single linear map has to turn the proportions into one of 11 counts. With
+    a small MLP in its place, a network with one hidden layer, they come out right (an exercise in README).
   * Over lengths softmax cannot count, whatever its weights: write the sequence twice, and every softmax-weighted mean
     stays as it was, although every count has doubled. The residual connection only adds a query that is the same for
-    every input, and LayerNorm only sees that sum, so neither of them can bring the lost number back.
+    every input, and LayerNorm only rescales that sum, so neither of them can bring the lost number back.
 
     python counting.py                                      train, count, draw the weights
     python counting.py --sequence "1 0 2 1 0 1 1 0 1 2"     count your own sequence with the saved model
-    python counting.py --activation softmax                 the same with softmax
-    python counting.py --compare                            both, over several seeds, in about three minutes
+    python counting.py --compare                            sigmoid and softmax, five seeds of each
+    python counting.py --activation softmax                 train and count with softmax
 
 You will see the loss start near ln 11 (the counts 0 to 10 are 11 classes) and fall, all 59,049 sequences of length 10
-counted right, and the shorter ones too; the weight of each digit counted on each digit seen, as a 3 x 3 table; and in
-out/counting_weights.png the weights over one sequence.
+counted right, and the shorter ones too; a 3 x 3 table of the weight that each query gives to each digit; and in
+out/counting_weights.png these weights over one sequence.
 
 Attention is that of Vaswani et al. 2017, section 3.2.1 (https://arxiv.org/abs/1706.03762), with a sigmoid for the
-softmax; Ramapuram et al. 2024 (https://arxiv.org/abs/2409.04431) train large models that way.
+softmax; Ramapuram et al. 2024 (https://arxiv.org/abs/2409.04431) study that in large models.
 """
 
 import itertools
@@ -40,7 +40,7 @@ from attention import attention, fail, load, make_parser, number, plot_attention
     save_figure, start
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The model. B sequences of T digits, V different digits, and L, the greatest length, which is also the greatest count.
+# The model. B sequences of T digits each, V different digits, and L, the greatest length and so the greatest count.
 
 
 class CountingModel(nn.Module):
@@ -71,14 +71,15 @@ class CountingModel(nn.Module):
 def make_sequences(n_samples, length, vocab_size, uniform=False):
     """Random digits (n_samples, length).
 
-    If all digits are equally likely, a sequence of ten equal ones turns up once in 20,000, too rarely to learn what a
-    count of 10 looks like. So each sequence first draws from a Dirichlet distribution how likely its digits are,
-    which makes all combinations of counts equally frequent. `uniform` leaves that out.
+    If all digits are equally likely, ten equal digits turn up once in 20,000 sequences, too rarely to learn what a
+    count of 10 looks like. So each sequence first draws how likely its digits are, from the Dirichlet distribution
+    under which all such probabilities are equally likely; then all combinations of counts are equally frequent.
+    `uniform` leaves that out.
     """
     likely = torch.ones(n_samples, vocab_size)                           # (n_samples, V)
     if not uniform:
-        likely = torch.distributions.Dirichlet(likely).sample()
-    return torch.multinomial(likely, length, replacement=True)           # (n_samples, length)
+        likely = torch.distributions.Dirichlet(likely).sample()          # (n_samples, V) each row sums to 1
+    return torch.multinomial(likely, length, replacement=True)           # (n_samples, length) drawn independently
 
 
 def one_hot_and_counts(digits, vocab_size):
@@ -91,10 +92,9 @@ def one_hot_and_counts(digits, vocab_size):
 def evaluate(model, vocab_size, length, n_samples=20_000):
     """Accuracy on sequences of one length: the share with every count right, and the share right for each true count.
 
-    Returns the two, a float and a tensor (length+1,), and a text that says what was tried. Up to two million sequences
-    all are: their order makes no difference to the model, so it sees one sequence for each combination of counts, and
-    each stands for all its orders. The 59,049 sequences of length 10 are 66 combinations. If there are more than two
-    million, `n_samples` random ones have to do.
+    Returns the two, a float and a tensor (length+1,), and a text that says what was tried: all sequences if there are
+    at most two million, else `n_samples` random ones. To try all, one sequence for each combination of counts is
+    enough, since the model does not see the order; it stands for all its orders. So the 59,049 of length 10 are 66.
     """
     exhaustive = vocab_size ** length <= 2_000_000
     if exhaustive:
@@ -103,10 +103,10 @@ def evaluate(model, vocab_size, length, n_samples=20_000):
         digits = make_sequences(n_samples, length, vocab_size, uniform=True)             # (N, length)
     all_right, n_sequences = 0.0, 0.0
     n_right, n_seen = torch.zeros(2, length + 1, dtype=torch.float64)    # (length+1,) both
-    for some in digits.split(1000):
+    for some in digits.split(1000):                                      # (n, length), n at most 1000
         x, counts = one_hot_and_counts(some, vocab_size)                 # (n, length, V), (n, V)
         right = (model(x.to(model.query.device))[0].argmax(dim=-1).cpu() == counts).double()             # (n, V)
-        orders = torch.ones(len(some), dtype=torch.float64)              # (n,)
+        orders = torch.ones(len(some), dtype=torch.float64)              # (n,) how many sequences each stands for
         if exhaustive:                                                   # length! / (count_0! count_1! ...)
             orders = (math.lgamma(length + 1) - torch.lgamma(counts.double() + 1).sum(dim=1)).exp().round()
         all_right += (right.prod(dim=1) * orders).sum().item()
@@ -124,19 +124,17 @@ def evaluate(model, vocab_size, length, n_samples=20_000):
 def train(args, activation, uniform=False, shorter=True, weight_decay=1e-3, quiet=False):
     """Train one model on fresh random sequences and return it.
 
-    Half of every batch has the full length and half a shorter one, drawn anew in each step. At a single length a model
-    may just as well count what is *not* there, since 3 of one digit are 7 of the others, and then its weights say
-    little; with several lengths only one way is left. `shorter=False` trains at the full length alone.
+    Half of every batch has the full length L, and half a length drawn anew in each step from 1 to L. At a single length
+    a model may just as well count what is *not* there, since 3 of one digit are 7 of the others, and then its weights
+    say little; with several lengths that no longer works. `shorter=False` trains at the full length alone.
     """
-    torch.set_num_threads(1)  # the tensors are so small that a second thread costs more than it brings
     model = CountingModel(args.vocab_size, args.sequence_length, args.hidden, activation).to(args.device)
-    # Without weight decay about one run in fifteen ends with a digit that is never counted: the first large steps push
-    # all scores of its query down until its sigmoids give 0.00, where they are flat and let no gradient through. The
-    # decay of queries and keys is then all that still pulls at that query, and Adam, which divides each gradient by its
-    # usual size, makes full steps even of so small a pull: back to where the sigmoid has a slope.
-    decaying = [model.query, *model.key.parameters()]
-    others = [p for module in (model.value, model.norm, model.out) for p in module.parameters()]
-    optimizer = torch.optim.Adam([{"params": decaying, "weight_decay": weight_decay}, {"params": others}], lr=args.lr)
+    # Without weight decay about one run in fifteen ends with a digit that is never counted: all scores of its query
+    # have become so low that its sigmoids give 0.00, where they are flat and let hardly any gradient through. Decay
+    # shrinks the keys and with them all scores, until that sigmoid has a slope again; other queries grow against it.
+    others = [p for name, p in model.named_parameters() if not name.startswith("key.")]
+    optimizer = torch.optim.Adam([{"params": model.key.parameters(), "weight_decay": weight_decay},
+                                  {"params": others}], lr=args.lr)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, cycle_momentum=False)
     report = progress(args.steps)
     for step in range(args.steps):
@@ -148,7 +146,7 @@ def train(args, activation, uniform=False, shorter=True, weight_decay=1e-3, quie
             logits.append(model(x)[0])                                   # (B/2, V, L+1)
             counts.append(true)
         logits, counts = torch.cat(logits), torch.cat(counts)            # (B, V, L+1), (B, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), counts.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1), counts.flatten())   # (B * V, L+1), (B * V,) -> ()
         if not torch.isfinite(loss):
             fail(f"the loss is {loss.item()} at step {step}: try a lower --lr")
         if step == 0 and not quiet:
@@ -178,9 +176,9 @@ def count(model, digits, vocab_size):
 
 
 def print_table(model, vocab_size):
-    """Print the weight of each digit counted on each digit seen, measured on a sequence that has each digit once."""
+    """Print the weight that each query gives to each digit, measured on a sequence that has each digit once."""
     weights = count(model, list(range(vocab_size)), vocab_size)[2].tolist()              # V lists of V numbers
-    print(f"weight of each digit counted (row) on each digit seen (column), {model.activation}, beside one by hand:")
+    print(f"weights: the query for each digit (row) on each digit (column), {model.activation}; right: by hand")
     print("   ", "".join(f"{digit:6}" for digit in range(vocab_size)), "   ", *range(vocab_size))
     for digit, row in enumerate(weights):
         print(f"{digit:4}", "".join(f"{weight:6.2f}" for weight in row), "   ",
@@ -203,44 +201,41 @@ def plot_counts(models, digits, vocab_size, path, show):
 def compare(args, n_seeds=5):
     """Train both activations on three kinds of data with several seeds; print and draw the shares that are right."""
     L = args.sequence_length
-    kinds = [(f"Dirichlet, length {L}", {"shorter": False}),
-             (f"uniform, length {L}", {"shorter": False, "uniform": True}),
-             (f"Dirichlet, lengths 1 to {L}", {})]
-    print(f"Mean over {n_seeds} seeds. First the share of sequences with every count right; then, at length {L}, the "
-          f"share\nof counts that are right, for each true count from 0 to {L}.\n\n"
-          f"{'activation, digits trained on':39} | all right  length {L:<3} shorter | by true count")
-    results = {}
+    kinds = {"Dirichlet": {"shorter": False}, "uniform": {"shorter": False, "uniform": True}, "all lengths": {}}
+    print(f"Mean over {n_seeds} seeds. First the share of sequences with every count right; then, at length {L}, the\n"
+          f"share of counts that are right, for each true count from 0 to {L}. Trained at length {L} on Dirichlet or\n"
+          f"uniform digits, or at all lengths on Dirichlet digits.\n\n"
+          f"{'activation, trained on':22} | all right  length {L:<3} shorter | by true count")
+    by_length, by_count, models = {}, {}, {}
     for activation in ("sigmoid", "softmax"):
-        for kind, how in kinds:
-            by_length, by_count, models = [], [], []
+        for kind, how in kinds.items():
+            row, shares, counts_right = (activation, kind), [], []
             for seed in range(args.seed, args.seed + n_seeds):
                 torch.manual_seed(seed)
-                models.append(train(args, activation, quiet=True, **how))
-                scores = [evaluate(models[-1], args.vocab_size, length) for length in range(1, L + 1)]
-                by_length.append([accuracy for accuracy, _, _ in scores])
-                by_count.append(scores[-1][1])
-            by_length, by_count = torch.tensor(by_length), torch.stack(by_count).mean(dim=0)         # (S, L), (L+1,)
-            results[activation, kind] = by_length, by_count, models[0]
-            print(f"{activation + ', ' + kind:39} | {(by_length[:, -1] == 1).sum():4} seeds  "
-                  f"{by_length[:, -1].mean():10.3f} {by_length[:, :-1].mean():7.3f} |",
-                  *(f"{share:4.2f}" for share in by_count.tolist()), flush=True)
+                models[row] = train(args, activation, quiet=True, **how)
+                scores = [evaluate(models[row], args.vocab_size, length) for length in range(1, L + 1)]
+                shares.append([accuracy for accuracy, _, _ in scores])
+                counts_right.append(scores[-1][1])
+            shares = torch.tensor(shares)                                # (n_seeds, L)
+            by_length[row], by_count[row] = shares.mean(dim=0).tolist(), torch.stack(counts_right).mean(dim=0).tolist()
+            print(f"{', '.join(row):22} | {(shares[:, -1] == 1).sum():3} seeds  {shares[:, -1].mean():10.3f} "
+                  f"{shares[:, :-1].mean():7.3f} |", *(f"{share:4.2f}" for share in by_count[row]), flush=True)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     for activation, colour, marker in (("sigmoid", "C0", "o"), ("softmax", "C1", "s")):
-        for (kind, _), line in zip(kinds, ("-", "--", "-")):
-            by_length, by_count, _ = results[activation, kind]
-            axis, values, first = (left, by_count, 0) if kind != kinds[2][0] else (right, by_length.mean(dim=0), 1)
-            axis.plot(range(first, L + 1), values.tolist(), line, color=colour, marker=marker,
-                      label=f"{activation}, {kind.split(',')[0]}")
-    left.set(title=f"trained at length {L} only", xlabel=f"true count (at length {L})", ylabel="share that is right")
-    right.set(title=f"trained at lengths 1 to {L}", xlabel="length of the sequence")
-    left.legend(title="share of counts")
-    right.legend(title="share of sequences")
+        for kind, style in (("Dirichlet", "-"), ("uniform", "--")):
+            left.plot(range(L + 1), by_count[activation, kind], style, color=colour, marker=marker,
+                      label=f"{activation}, {kind} digits")
+        right.plot(range(1, L + 1), by_length[activation, "all lengths"], color=colour, marker=marker, label=activation)
+    left.set(title=f"trained at length {L}", xlabel=f"true count, at length {L}", ylabel="share of counts right")
+    right.set(title="trained at all lengths", xlabel="length of the sequence", ylabel="share of sequences right")
+    left.legend()
+    right.legend()
     save_figure(figure, os.path.join(args.out_dir, "counting_compare.png"), args.show)
-    models = [results[activation, kinds[2][0]][2] for activation in ("sigmoid", "softmax")]
-    plot_counts(models, example(args), args.vocab_size, os.path.join(args.out_dir, "counting_both.png"), args.show)
-    return {"accuracy_all": results["sigmoid", kinds[2][0]][0][:, -1].mean().item(),
-            "accuracy_all_softmax": results["softmax", kinds[2][0]][0][:, -1].mean().item(),
-            "params": sum(p.numel() for p in models[0].parameters())}
+    both = [models["sigmoid", "all lengths"], models["softmax", "all lengths"]]
+    plot_counts(both, example(args), args.vocab_size, os.path.join(args.out_dir, "counting_both.png"), args.show)
+    return {"accuracy_all": by_length["sigmoid", "all lengths"][-1],
+            "accuracy_all_softmax": by_length["softmax", "all lengths"][-1],
+            "params": sum(p.numel() for p in both[0].parameters())}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,23 +256,25 @@ def read_sequence(args):
         fail(f"argument --sequence: takes 1 to {args.sequence_length} digits (--sequence_length), not {len(words)}")
     for word in words:
         if word not in map(str, range(args.vocab_size)):
-            fail(f"argument --sequence: takes digits from 0 to {args.vocab_size - 1} (--vocab_size), not {word!r}")
+            fail(f"argument --sequence: takes digits from 0 to {args.vocab_size - 1} (--vocab_size), with spaces "
+                 f"between them, not {word!r}")
     return [int(word) for word in words]
 
 
-def load_model(path, args):
+def load_model(path, args, sizes):
     """The model that an earlier run saved to `path`; it must have the sizes that are asked for now."""
-    saved, wanted = load(path), (args.vocab_size, args.sequence_length, args.hidden, args.activation)
+    saved = load(path)
+    if not isinstance(saved, dict) or not {"sizes", "weights"} <= saved.keys():
+        fail(f"{path} was not saved by counting.py")
+    if saved["sizes"] != sizes:
+        fail(f"{path} holds a model of other sizes (vocab_size, sequence_length, hidden, activation): "
+             f"{saved['sizes']!r}, not {sizes!r}")
+    model = CountingModel(*sizes)
     try:
-        sizes = tuple(saved["sizes"])
-        if sizes == wanted:
-            model = CountingModel(*sizes)
-            model.load_state_dict(saved["weights"])
-            return model.to(args.device)
-    except (KeyError, TypeError, AttributeError, RuntimeError):
-        fail(f"{path} was not saved by counting.py, or is damaged")
-    names = ("--vocab_size", "--sequence_length", "--hidden", "--activation")
-    fail(f"{path} has other sizes: it takes " + " ".join(f"{name} {size}" for name, size in zip(names, sizes)))
+        model.load_state_dict(saved["weights"])
+    except (AttributeError, RuntimeError, TypeError):
+        fail(f"{path} is damaged: its weights do not have the sizes that it names")
+    return model.to(args.device)
 
 
 def main(argv=None):
@@ -290,30 +287,32 @@ def main(argv=None):
                         help="what makes weights of the scores")
     parser.add_argument("--lr", type=number(float, 0, 1), default=0.03, help="peak of Adam's learning rate")
     parser.add_argument("--steps", type=number(int, 1, 10 ** 6), default=1000, help="training steps")
-    parser.add_argument("--batch_size", type=number(int, 2, 4096), default=256, help="sequences in each step, even")
+    parser.add_argument("--batch_size", type=number(int, 2, 4096), default=256, help="sequences in each step, half of "
+                        "them of the full length")
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--sequence", help="count these digits with the model saved in --out_dir (train if none is)")
+    either.add_argument("--sequence", help="digits to count, such as '1 0 2', with the model that the last run saved "
+                        "in --out_dir; if there is none, train first")
     either.add_argument("--compare", action="store_true", help="train sigmoid and softmax with several seeds")
     args = start(parser, argv)
+    torch.set_num_threads(1)  # the tensors are so small that a second thread costs more than it brings
     digits = example(args) if args.sequence is None else read_sequence(args)
     if args.compare:
         print_result(args, **compare(args))
         return
 
     path = os.path.join(args.out_dir, "counting.pt")
+    sizes = (args.vocab_size, args.sequence_length, args.hidden, args.activation)
     if args.sequence is not None and os.path.exists(path):
-        model = load_model(path, args)
+        model = load_model(path, args, sizes)
     else:
         model = train(args, args.activation)
-        sizes = (args.vocab_size, args.sequence_length, args.hidden, args.activation)
-        weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-        save(path, lambda temporary: torch.save({"sizes": sizes, "weights": weights}, temporary))
+        save(path, lambda temporary: torch.save({"sizes": sizes, "weights": model.state_dict()}, temporary))
         print("saved:", path)
     accuracy_all, _, tried = evaluate(model, args.vocab_size, args.sequence_length)
     print(f"{tried}: {accuracy_all:.4f} with every count right")
     if args.sequence_length > 1:
         shorter = [evaluate(model, args.vocab_size, length, 1000)[0] for length in range(1, args.sequence_length)]
-        print(f"shorter sequences, mean over the lengths: {sum(shorter) / len(shorter):.4f}")
+        print(f"shorter ones, mean over the lengths: {sum(shorter) / len(shorter):.4f}")
     if args.vocab_size <= 10:
         print_table(model, args.vocab_size)
     predicted, counts, _ = count(model, digits, args.vocab_size)
