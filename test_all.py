@@ -2077,7 +2077,10 @@ def test_help_begins_like_the_chapter_and_shows_every_default(script, capsys):
 def test_ctrl_c_ends_with_one_line_and_status_130(tmp_path):
     processes = [subprocess.Popen([sys.executable, os.path.join(HERE, f"{script}.py"), "--steps", "100000", "--lr", "0",
                                    "--device", "cpu", "--out_dir", str(tmp_path)], stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, text=True, cwd=tmp_path) for script in SCRIPTS]
+                                  stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                                  # a shell's background job is deaf to Ctrl-C, and so would be its children
+                                  preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+                 for script in SCRIPTS]
     for process in processes:
         while "before the first step" not in process.stdout.readline():
             assert process.poll() is None, process.stderr.read()
