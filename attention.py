@@ -167,7 +167,7 @@ def plot_attention(weights, x_labels, y_labels, path, titles=None, x_name="key",
     x_labels, y_labels = (labels if isinstance(labels[0], (list, tuple)) else [labels] * n_panels
                           for labels in (x_labels, y_labels))
     titles = titles or ([f"head {h + 1}" for h in range(n_panels)] if n_panels > 1 else [""])
-    across = min(n_panels, 4)
+    across = min(n_panels, 4 if n_columns <= 12 else 2)
     down = math.ceil(n_panels / across)
     longest_x, longest_y = (max(len(str(label)) for labels in panel_labels for label in labels)
                             for panel_labels in (x_labels, y_labels))
