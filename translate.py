@@ -31,7 +31,7 @@ so that no token sees what comes after it: all T tokens of a known translation a
 no order, so each place has a learned vector, which is added to that of its token. Source, target and output share one
 embedding, because both languages share their tokens: a name or a number is the same token in both.
 
-    python translate.py                                        train on the toy language, in two minutes
+    python translate.py                                        train on the toy language, in a minute
     python translate.py --test --line=7 --plot                 translate line 7 of it and draw the cross-attention
     python translate.py --text "Ein Hund läuft durch den Schnee."      any text, with weights trained on Multi30k
     python translate.py --data multi30k --bfloat16             train on Multi30k, in about an hour and a half
