@@ -311,9 +311,11 @@ def toy_pair(n):
     draw = random.Random(n).random
 
     def pick(options):
+        """One of the options."""
         return options[int(draw() * len(options))]
 
     def noun_phrase(noun, is_object, definite):
+        """Article, perhaps an adjective, and noun, in German and in English."""
         german, gender, english, kind = noun
         article, ending = ARTICLES[gender][2 * is_object + definite]
         if draw() < 0.4:
