@@ -593,8 +593,8 @@ def loss_sum(logits, wanted, smoothing=0.0):
 def validation_losses(model, examples, device):
     """The mean loss of the target tokens of all examples: plain, to report, and smoothed, to choose by.
 
-    A model that learns with smoothing learns to say 0.9 when it is sure, so when perfect its plain loss is -ln 0.9 = 0.105;
-    one that is not done learning may well have less.
+    A model that learns with smoothing learns to say 0.9 when it is sure, so when perfect its plain loss is
+    -ln 0.9 = 0.105; one that is not done learning may well have less.
     """
     examples = sorted(examples, key=lambda example: len(example[1]))     # similar lengths, little padding
     total = torch.zeros(2)
