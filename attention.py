@@ -4,8 +4,9 @@ one that is equal, and returns its value. Attention compares a query with every 
 are, turns the answers into weights, and returns the weighted mean of all values. Because the weights change smoothly
 with the queries and the keys, both can be learned.
 
-By hand, on three tokens. Each token brings a query (what am I looking for?), a key (what am I?) and a value (what do I
-have to say?), one row each; queries and keys have d_k = 4 numbers, values have d_v = 2:
+By hand, on three tokens, which is what the elements of a sequence are called. Each token brings a query (what am I
+looking for?), a key (what am I?) and a value (what do I have to say?), one row each; queries and keys have d_k = 4
+numbers, values have d_v = 2:
 
     query               key                 value
     2  0  2  0          1  0  1  0          10   0
@@ -17,7 +18,7 @@ have to say?), one row each; queries and keys have d_k = 4 numbers, values have 
     0.00  0.00  0.00
     0.00  6.00  4.00
 
-    scores / sqrt(d_k): sums of d_k products spread like sqrt(d_k), softmax wants moderate ones
+    scores / sqrt(d_k): a sum of d_k products is about sqrt(d_k) large; this brings it back to about 1
     2.00  0.00  1.00
     0.00  0.00  0.00
     0.00  3.00  2.00
@@ -34,10 +35,11 @@ have to say?), one row each; queries and keys have d_k = 4 numbers, values have 
 
 The first query fits the first key best, so its output is closest to the first value. The second query asks for nothing
 in particular and gets the plain mean. `attention` below is these four lines, plus a mask (which keys may a query see?
-not the padding, not the future), a sigmoid in place of the softmax for a later lesson, and a fast path.
+not the padding, not the future), a sigmoid in place of the softmax for counting.py, and a fast path.
 
-    python attention.py                 the example above, then a dictionary that is learned in a few seconds
-    python attention.py --benchmark     time and memory grow like T^2; a fused kernel cures the memory only
+    python attention.py                 the example above, then a dictionary that learns to compare, in a few seconds
+    python attention.py --benchmark     time and memory grow like T^2, T being the number of tokens; torch's fused
+                                        kernel, one routine that does all four lines piece by piece, saves the memory
 
 You will see the retrieval accuracy go to 1.0 and, in out/attention_dictionary.png, the weights before and after
 training: a dim blur turns into one bright cell in every row.
@@ -69,11 +71,13 @@ from torch import nn
 def attention(q, k, v, mask=None, activation="softmax", need_weights=True):
     """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1); returns `(output, weights)`.
 
-    q (..., T_q, d_k), k (..., T_k, d_k), v (..., T_k, d_v) give an output (..., T_q, d_v) and weights (..., T_q, T_k);
-    leading dimensions (batch, heads, ...) broadcast. `mask` is boolean, broadcastable to (..., T_q, T_k), and True
-    means *may attend*, as in `F.scaled_dot_product_attention`. Beware: in `nn.MultiheadAttention` True means the
-    opposite, and mixing up the two is a common bug in attention code. A query that may attend to nothing gets
-    zeros. Raises ValueError if the shapes do not fit or the mask is not boolean.
+    T_q queries q (..., T_q, d_k), T_k keys k (..., T_k, d_k) and values v (..., T_k, d_v) give an output
+    (..., T_q, d_v) and weights (..., T_q, T_k); leading dimensions (batch, heads, ...) broadcast. `mask` is boolean,
+    broadcastable to (..., T_q, T_k), and True means *may attend*, as in `F.scaled_dot_product_attention`. Beware: in
+    `nn.MultiheadAttention` True means the opposite, and mixing up the two is a common bug in attention code. A query
+    that may attend to nothing gets zeros. With `activation="sigmoid"` every key is weighed on its own. Without
+    `need_weights` None stands for the weights, and softmax takes the fast path. Raises ValueError if the shapes do not
+    fit or the mask is not boolean.
     """
     _check_shapes(q, k, v, mask)
     if activation not in ("softmax", "sigmoid"):
@@ -89,7 +93,7 @@ def attention(q, k, v, mask=None, activation="softmax", need_weights=True):
         weights = scores.sigmoid()            # each key is let in or not on its own: a row may sum to anything
     if mask is not None:  # only a query with nothing to attend to still has weight to lose here
         weights = weights.masked_fill(~mask, 0.0)
-    return weights @ v, weights if need_weights else None                   # (..., T_q, d_v), (..., T_q, T_k) or None
+    return weights @ v, (weights if need_weights else None)                 # (..., T_q, d_v), (..., T_q, T_k) or None
 
 
 def worked_example():
@@ -99,13 +103,19 @@ def worked_example():
     value = torch.tensor([[10., 0], [0, 10], [5, 5]])                                     # (3, 2)
     output, weights = attention(query, key, value)
     scores = query @ key.T                                                                # (3, 3)
-    steps = {
-        "scores = query @ key.T, row i says how well query i fits each of the three keys": scores,
-        "scores / sqrt(d_k): sums of d_k products spread like sqrt(d_k), softmax wants moderate ones": scores / 2,
-        "weights = softmax of each row, exp(score) / sum of exp(scores): positive, and the row sums to 1": weights,
-        "output = weights @ value, each row a weighted mean of the three values": output}
-    return "\n\n".join("\n".join([title] + ["  ".join(f"{x:.2f}" for x in row) for row in table.tolist()])
-                       for title, table in steps.items())
+    inputs = ["query               key                 value"]
+    for rows in zip(query.tolist(), key.tolist(), value.tolist()):
+        inputs.append("{:20}{:20}{}".format(*("  ".join(f"{x:{width}.0f}" for x in row)
+                                              for width, row in zip((1, 1, 2), rows))))
+    steps = ["\n".join(inputs)]
+    for title, table in {
+            "scores = query @ key.T, row i says how well query i fits each of the three keys": scores,
+            "scores / sqrt(d_k): a sum of d_k products is about sqrt(d_k) large; this brings it back to about 1":
+            scores / math.sqrt(4),
+            "weights = softmax of each row, exp(score) / sum of exp(scores): positive, and the row sums to 1": weights,
+            "output = weights @ value, each row a weighted mean of the three values": output}.items():
+        steps.append("\n".join([title, *("  ".join(f"{x:.2f}" for x in row) for row in table.tolist())]))
+    return "\n\n".join(steps)
 
 
 def _check_shapes(q, k, v, mask):
@@ -167,7 +177,7 @@ def plot_attention(weights, x_labels, y_labels, path, titles=None, x_name="key",
     x_labels, y_labels = (labels if isinstance(labels[0], (list, tuple)) else [labels] * n_panels
                           for labels in (x_labels, y_labels))
     titles = titles or ([f"head {h + 1}" for h in range(n_panels)] if n_panels > 1 else [""])
-    across = min(n_panels, 4 if n_columns <= 12 else 2)
+    across = min(n_panels, 2)
     down = math.ceil(n_panels / across)
     longest_x, longest_y = (max(len(str(label)) for labels in panel_labels for label in labels)
                             for panel_labels in (x_labels, y_labels))
@@ -181,25 +191,23 @@ def plot_attention(weights, x_labels, y_labels, path, titles=None, x_name="key",
     for axis, panel, title, x, y in zip(axes.flat, panels, titles, x_labels, y_labels):
         image = axis.imshow(panel.tolist(), vmin=0.0, vmax=max(panels.max().item(), 1e-6), cmap="viridis")
         upright = max(len(str(label)) for label in x) <= 2
-        axis.set_xticks(range(n_columns)[::nth_column], [_literal(label) for label in x[::nth_column]],
-                        rotation=0 if upright else 90, fontsize=8)
-        axis.set_yticks(range(n_rows)[::nth_row], [_literal(label) for label in y[::nth_row]], fontsize=8)
-        axis.set(title=_literal(title), xlabel=x_name, ylabel=y_name)
-    figure.colorbar(image, ax=axes, label="attention weight")
+        # without parse_math=False the text between two dollar signs would be read as a formula
+        axis.set_xticks(range(n_columns)[::nth_column], x[::nth_column], rotation=0 if upright else 90, fontsize=8,
+                        parse_math=False)
+        axis.set_yticks(range(n_rows)[::nth_row], y[::nth_row], fontsize=8, parse_math=False)
+        axis.set_title(title, fontsize=10, parse_math=False)
+        axis.set_xlabel(x_name, fontsize=9)
+        axis.set_ylabel(y_name, fontsize=9)
+    figure.colorbar(image, ax=axes, label="attention weight", aspect=20 * down)
     save_figure(figure, path, show)
 
 
-def _literal(label):
-    """A label as it stands: matplotlib would read the text between two dollar signs as a formula."""
-    return str(label).replace("$", r"\$")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# The lesson: a dictionary that is learned
+# The lesson: a dictionary that learns to compare
 #
 # Keys and values are given. Each query is one of the keys, but rotated and with noise added, so that comparing the two
-# as they are finds nothing. Only the projections are learned, and they learn to undo the rotation: for any keys, also
-# those never seen, because every batch brings new ones.
+# as they are finds nothing. Only two linear maps are learned, one for queries and one for keys (the projections), and
+# they learn to undo the rotation: for any keys, also those never seen, because every batch brings new ones.
 
 
 class DifferentiableDictionary(nn.Module):
@@ -214,10 +222,10 @@ class DifferentiableDictionary(nn.Module):
         return attention(self.w_q(query), self.w_k(key), value)
 
 
-def make_lookups(n_samples, n_keys, rotation, noise):
-    """Random keys (B, n_keys, d_model), queries of the same shape, and the entry that each asks for (B, n_keys)."""
-    key = torch.randn(n_samples, n_keys, len(rotation), device=rotation.device)           # (B, n_keys, d_model)
-    entry = torch.rand(n_samples, n_keys, device=rotation.device).argsort(dim=1)          # (B, n_keys) every key once
+def make_lookups(batch_size, n_keys, rotation, noise):
+    """B random dictionaries: keys (B, n_keys, d_model), as many queries, and the entry each asks for (B, n_keys)."""
+    key = torch.randn(batch_size, n_keys, len(rotation), device=rotation.device)           # (B, n_keys, d_model)
+    entry = torch.rand(batch_size, n_keys, device=rotation.device).argsort(dim=1)          # (B, n_keys) every key once
     query = key.gather(1, entry.unsqueeze(-1).expand_as(key)) @ rotation                  # (B, n_keys, d_model)
     return key, query + noise * torch.randn_like(query), entry
 
@@ -229,10 +237,10 @@ def make_lookups(n_samples, n_keys, rotation, noise):
 def benchmark(args):
     """Time and extra memory of the explicit formula and of the fused kernel, forward and backward, T = 64 to 4096."""
     lengths = [64, 128, 256, 512, 1024, 2048, 4096]
-    seconds, memory = {"explicit": [], "fused": []}, {"explicit": [], "fused": []}
+    milliseconds, memory = {"explicit": [], "fused": []}, {"explicit": [], "fused": []}
     print("4 heads of width 64, float32: milliseconds forward, milliseconds with backward, MiB beside q, k and v",
           "at the peak" if args.device == "cuda" else "kept for backward")
-    print(f"{'T':>6} | {'explicit':^30} | {'fused':^30}")
+    print(f"{'T':>6} | {'explicit':^30} | {'fused':^30}".rstrip())
     for T in lengths:
         q, k, v = (torch.randn(1, 4, T, 64, device=args.device, requires_grad=True) for _ in range(3))  # (B, H, T, d)
         runs = {"explicit": [], "fused": []}
@@ -243,23 +251,25 @@ def benchmark(args):
         for name in runs:
             forward, both = (statistics.median(times) for times in zip(*runs[name][1:]))   # the first run warms up
             memory[name].append(memory_of_attention(q, k, v, need_weights=name == "explicit") / 2 ** 20)
-            seconds[name].append(both)
+            milliseconds[name].append(1e3 * both)
             cells.append(f"{1e3 * forward:9.2f} {1e3 * both:9.2f} {memory[name][-1]:9.2f}")
-        print(f"{T:>6} | {cells[0]:^30} | {cells[1]:^30}", flush=True)
+        print(f"{T:>6} | {cells[0]:^30} | {cells[1]}", flush=True)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, values, label, powers in ((axes[0], seconds, "seconds, forward and backward", [2]),
-                                        (axes[1], memory, "memory beside q, k and v, MiB", [1, 2])):
+    for axis, values, title, label, powers in (
+            (axes[0], milliseconds, "time, forward and backward", "milliseconds", [2]),
+            (axes[1], memory, "memory beside q, k and v", "MiB", [2, 1])):
         for name, marker in (("explicit", "o"), ("fused", "s")):
             axis.loglog(lengths, values[name], marker=marker, label=name)
         for power in powers:                        # straight lines to compare the slopes with
             top = 2 * values["explicit"][-1] if power == 2 else values["fused"][-1] / 2
             axis.loglog(lengths, [top * (T / lengths[-1]) ** power for T in lengths], "--" if power == 2 else ":",
                         color="grey", label="grows like T^2" if power == 2 else "grows like T")
-        axis.set_xscale("log", base=2)
-        axis.set(xlabel="sequence length T", ylabel=label)
+        axis.set(title=title, xlabel="sequence length T", ylabel=label)
+        axis.set_xticks(lengths, lengths)
+        axis.minorticks_off()
         axis.legend()
     save_figure(figure, os.path.join(args.out_dir, "attention_benchmark.png"), args.show)
-    return {"speedup": seconds["explicit"][-1] / seconds["fused"][-1],
+    return {"speedup": milliseconds["explicit"][-1] / milliseconds["fused"][-1],
             "memory_ratio": memory["explicit"][-1] / memory["fused"][-1]}
 
 
@@ -325,10 +335,11 @@ def make_parser(doc):
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail                         # one line, without argparse's usage text
-    parser.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="start of all random numbers")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
-    parser.add_argument("--out_dir", default="out", help="folder for pictures and weights")
-    parser.add_argument("--show", action="store_true", help="also open a window for each picture")
+    common = parser.add_argument_group("options of every script")
+    common.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="seed of all random numbers")
+    common.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    common.add_argument("--out_dir", default="out", help="folder for pictures and weights")
+    common.add_argument("--show", action="store_true", help="also open a window for each picture")
     return parser
 
 
@@ -350,8 +361,11 @@ def start(parser, argv):
     return args
 
 
-def progress(total):
-    """Returns report(step, name=value, ...), which prints a line with speed and time left, at most every 2 seconds."""
+def progress(total, done=0):
+    """Returns report(step, name=value, ...), which prints a line with speed and time left, at most every 2 seconds.
+
+    `total` counts all steps, also those that were `done` before.
+    """
     began = last = time.perf_counter()
 
     def report(step, **values):
@@ -360,11 +374,27 @@ def progress(total):
         now = time.perf_counter()
         if now - last < 2 and step < total:
             return
-        last, speed = now, step / (now - began)
+        last, speed = now, (step - done) / (now - began)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         left = (total - step) / speed
         print(f"step {step:>{len(str(total))}}/{total}  {shown}  {speed:.0f} steps/s  {left:.0f} s left", flush=True)
     return report
+
+
+def print_first_loss(loss, n_classes):
+    """Print the loss of an untrained model beside that of one which knows nothing and says so.
+
+    Such a model gives each of n classes the probability 1 / n, and its cross-entropy is -ln(1 / n) = ln n. Random
+    weights are sure of something now and then, and wrong: a loss a little higher is normal, a much higher one a bug.
+    """
+    print(f"before the first step: loss {loss:.4f} (knowing nothing: ln {n_classes} = {math.log(n_classes):.4f})",
+          flush=True)
+
+
+def check_finite(tensors, step):
+    """End with one line if a number in the tensors, a loss or the weights, is infinite or NaN."""
+    if not all(torch.isfinite(t).all() for t in tensors):
+        fail(f"loss or weights are inf or nan after {step} steps: try a lower --lr")
 
 
 def save(path, write):
@@ -378,6 +408,11 @@ def save(path, write):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def save_weights(path, **what):
+    """Save tensors and plain values by name, for `load`."""
+    save(path, lambda temporary: torch.save(what, temporary))
 
 
 def load(path):
@@ -427,12 +462,15 @@ def print_result(args, **values):
 
 
 def run(main):
-    """Call main(); Ctrl-C ends it with one line and status 130 instead of a traceback."""
+    """Call main(); no traceback for Ctrl-C, which gives one line and status 130, nor for a pipe that is closed."""
     try:
         main()
     except KeyboardInterrupt:
         print(f"\n{os.path.basename(sys.argv[0])}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:                     # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python complains while it closes it
+        sys.exit(141)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -443,12 +481,13 @@ def main(argv=None):
     """Print the worked example, train the dictionary, draw its weights before and after (or run the benchmark)."""
     parser = make_parser(__doc__)
     parser.add_argument("--n_keys", type=number(int, 2, 64), default=12, help="entries of each dictionary")
-    parser.add_argument("--d_model", type=number(int, 1, 1024), default=32, help="width of keys and queries")
+    parser.add_argument("--d_model", type=number(int, 1, 1024), default=32, help="width of queries and keys")
     parser.add_argument("--noise", type=number(float, 0, 100), default=0.1, help="spread of the noise on queries")
     parser.add_argument("--steps", type=number(int, 1, 10 ** 6), default=400, help="training steps")
     parser.add_argument("--batch_size", type=number(int, 1, 4096), default=64, help="dictionaries in each step")
-    parser.add_argument("--lr", type=number(float, 0, 10), default=0.01, help="learning rate of Adam")
-    parser.add_argument("--benchmark", action="store_true", help="measure time and memory instead of training")
+    parser.add_argument("--lr", type=number(float, 0, 10), default=0.01, help="learning rate")
+    parser.add_argument("--benchmark", action="store_true", help="measure time and memory instead (none of the "
+                        "options above matters)")
     args = start(parser, argv)
     if args.benchmark:
         print_result(args, **benchmark(args), params=0)
@@ -456,34 +495,34 @@ def main(argv=None):
     print(worked_example(), end="\n\n")
 
     rotation = torch.linalg.qr(torch.randn(args.d_model, args.d_model))[0].to(args.device)  # (d_model, d_model)
-    value = torch.eye(args.n_keys, device=args.device)  # (n_keys, n_keys) one-hot: the output is a probability of each
+    value = torch.eye(args.n_keys, device=args.device)  # (n_keys, n_keys) one-hot, so the output *is* the weights
     model = DifferentiableDictionary(args.d_model).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+
+    def look_up(query, key, entry):
+        """Loss and accuracy of the entries that the model finds, and its weights (B, n_keys, n_keys)."""
+        found, weights = model(query, key, value)                        # (B, n_keys, n_keys): query, entry
+        loss = F.nll_loss(found.clamp_min(1e-9).log().flatten(0, 1), entry.flatten())    # (B * n_keys, n_keys) -> ()
+        return loss, (found.argmax(dim=-1) == entry).float().mean().item(), weights
+
     test_key, test_query, test_entry = make_lookups(1000, args.n_keys, rotation, args.noise)
-
-    def evaluate():
-        """Loss and accuracy on the unseen dictionaries, and the weights (n_keys, n_keys) of the first."""
-        with torch.no_grad():
-            output, weights = model(test_query, test_key, value)         # (1000, n_keys, n_keys) both
-        loss = F.nll_loss(output.clamp_min(1e-9).log().transpose(1, 2), test_entry)
-        return loss.item(), (output.argmax(-1) == test_entry).float().mean().item(), weights[0]
-
-    loss, accuracy, before = evaluate()
-    print(f"before the first step: loss {loss:.4f} (knowing nothing: ln {args.n_keys} = {math.log(args.n_keys):.4f}), "
-          f"accuracy {accuracy:.4f}")
+    with torch.no_grad():
+        loss, accuracy, before = look_up(test_query, test_key, test_entry)
+    print_first_loss(loss.item(), args.n_keys)
     report = progress(args.steps)
-    for step in range(1, args.steps + 1):
+    for step in range(args.steps):
         key, query, entry = make_lookups(args.batch_size, args.n_keys, rotation, args.noise)
-        output, _ = model(query, key, value)                             # (B, n_keys, n_keys)
-        loss = F.nll_loss(output.clamp_min(1e-9).log().transpose(1, 2), entry)
+        loss, accuracy, _ = look_up(query, key, entry)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        report(step, loss=loss.item(), accuracy=(output.argmax(-1) == entry).float().mean())
-    loss, accuracy, after = evaluate()
-    print(f"1,000 dictionaries it has never seen: loss {loss:.4f}, accuracy {accuracy:.4f}")
+        check_finite([loss, *model.parameters()], step + 1)
+        report(step + 1, loss=loss.item(), accuracy=accuracy)
+    with torch.no_grad():
+        loss, accuracy, after = look_up(test_query, test_key, test_entry)
+    print(f"1,000 fresh dictionaries: loss {loss.item():.4f}, accuracy {accuracy:.4f}")
     wanted = [f"wants {entry + 1}" for entry in test_entry[0].tolist()]
-    plot_attention(torch.stack([before, after]), list(range(1, args.n_keys + 1)), wanted,
+    plot_attention(torch.stack([before[0], after[0]]), list(range(1, args.n_keys + 1)), wanted,
                    os.path.join(args.out_dir, "attention_dictionary.png"), ["before training", "after training"],
                    show=args.show)
     print_result(args, accuracy=accuracy, params=sum(p.numel() for p in model.parameters()))

@@ -4,13 +4,13 @@ with one trainable query for each digit, learns it, and as there is only one lay
 
 The query for digit d should attend to every d and to nothing else: some weight here, none there. If each weight is a
 sigmoid of its own, the attention output is a *sum* with one term for every d in the sequence, and the number of terms
-is the count. Softmax makes the weights of a row sum to one, so its output is a *mean*, and a mean does not know of how
+is the count. Softmax makes the weights of a row sum to one, so its output is a *mean*, and a mean does not tell of how
 many numbers it was taken. Two things follow from that, and they are not the same:
 
   * At one fixed length the counts are not lost: 3 of 10 is a proportion, and at length 10 it means 3 and nothing else.
     Softmax does badly all the same, because a single linear map has to turn the proportions into one of 11 counts. With
     a small MLP in its place, a network with one hidden layer, they come out right (an exercise in README).
-  * Over lengths softmax cannot count, whatever its weights: write the sequence twice, and every softmax-weighted mean
+  * Across lengths softmax cannot count, whatever its weights: write the sequence twice, and every softmax-weighted mean
     stays as it was, although every count has doubled. The residual connection only adds a query that is the same for
     every input, and LayerNorm only rescales that sum, so neither of them can bring the lost number back.
 
@@ -23,8 +23,9 @@ You will see the loss start near ln 11 (the counts 0 to 10 are 11 classes) and f
 counted right, and the shorter ones too; a 3 x 3 table of the weight that each query gives to each digit; and in
 out/counting_weights.png these weights over one sequence.
 
-Attention is that of Vaswani et al. 2017, section 3.2.1 (https://arxiv.org/abs/1706.03762), with a sigmoid for the
-softmax; Ramapuram et al. 2024 (https://arxiv.org/abs/2409.04431) study that in large models.
+Attention is that of Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1 (https://arxiv.org/abs/1706.03762),
+with a sigmoid for the softmax. Ramapuram et al. 2024, "Theory, Analysis, and Best Practices for Sigmoid Self-Attention"
+(https://arxiv.org/abs/2409.04431) study that in large models.
 """
 
 import itertools
@@ -36,8 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import attention, fail, load, make_parser, number, plot_attention, print_result, progress, run, save, \
-    save_figure, start
+from attention import attention, check_finite, fail, load, make_parser, number, plot_attention, print_first_loss, \
+    print_result, progress, run, save_figure, save_weights, start
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model. B sequences of T digits each, V different digits, and L, the greatest length and so the greatest count.
@@ -52,7 +53,7 @@ class CountingModel(nn.Module):
     def __init__(self, vocab_size, sequence_length, hidden, activation="sigmoid"):
         super().__init__()
         self.activation = activation
-        self.query = nn.Parameter(torch.randn(1, vocab_size, hidden))    # one for each digit, the same for every sample
+        self.query = nn.Parameter(torch.randn(1, vocab_size, hidden))    # (1, V, hidden) the same for every sequence
         self.key = nn.Linear(vocab_size, hidden)
         self.value = nn.Linear(vocab_size, hidden)
         self.norm = nn.LayerNorm(hidden)
@@ -69,17 +70,17 @@ class CountingModel(nn.Module):
 
 
 def make_sequences(n_samples, length, vocab_size, uniform=False):
-    """Random digits (n_samples, length).
+    """Random digits (B, T), for B = n_samples and T = length.
 
     If all digits are equally likely, ten equal digits turn up once in 20,000 sequences, too rarely to learn what a
     count of 10 looks like. So each sequence first draws how likely its digits are, from the Dirichlet distribution
     under which all such probabilities are equally likely; then all combinations of counts are equally frequent.
     `uniform` leaves that out.
     """
-    likely = torch.ones(n_samples, vocab_size)                           # (n_samples, V)
+    likely = torch.ones(n_samples, vocab_size)                           # (B, V)
     if not uniform:
-        likely = torch.distributions.Dirichlet(likely).sample()          # (n_samples, V) each row sums to 1
-    return torch.multinomial(likely, length, replacement=True)           # (n_samples, length) drawn independently
+        likely = torch.distributions.Dirichlet(likely).sample()          # (B, V) each row sums to 1
+    return torch.multinomial(likely, length, replacement=True)           # (B, T) drawn independently
 
 
 def one_hot_and_counts(digits, vocab_size):
@@ -92,27 +93,28 @@ def one_hot_and_counts(digits, vocab_size):
 def evaluate(model, vocab_size, length, n_samples=20_000):
     """Accuracy on sequences of one length: the share with every count right, and the share right for each true count.
 
-    Returns the two, a float and a tensor (length+1,), and a text that says what was tried: all sequences if there are
-    at most two million, else `n_samples` random ones. To try all, one sequence for each combination of counts is
+    Returns the two, a float and a tensor (T+1,), and a text that says what was tried: all sequences if there are at
+    most two million, else `n_samples` random ones. To try all, one sequence for each combination of counts is
     enough, since the model does not see the order; it stands for all its orders. So the 59,049 of length 10 are 66.
     """
     exhaustive = vocab_size ** length <= 2_000_000
     if exhaustive:
-        digits = torch.tensor(list(itertools.combinations_with_replacement(range(vocab_size), length)))  # (N, length)
+        digits = torch.tensor(list(itertools.combinations_with_replacement(range(vocab_size), length)))  # (N, T)
     else:
-        digits = make_sequences(n_samples, length, vocab_size, uniform=True)             # (N, length)
+        digits = make_sequences(n_samples, length, vocab_size, uniform=True)             # (N, T)
     all_right, n_sequences = 0.0, 0.0
-    n_right, n_seen = torch.zeros(2, length + 1, dtype=torch.float64)    # (length+1,) both
-    for some in digits.split(1000):                                      # (n, length), n at most 1000
-        x, counts = one_hot_and_counts(some, vocab_size)                 # (n, length, V), (n, V)
-        right = (model(x.to(model.query.device))[0].argmax(dim=-1).cpu() == counts).double()             # (n, V)
-        orders = torch.ones(len(some), dtype=torch.float64)              # (n,) how many sequences each stands for
-        if exhaustive:                                                   # length! / (count_0! count_1! ...)
-            orders = (math.lgamma(length + 1) - torch.lgamma(counts.double() + 1).sum(dim=1)).exp().round()
-        all_right += (right.prod(dim=1) * orders).sum().item()
-        n_sequences += orders.sum().item()
-        n_right.index_add_(0, counts.flatten(), (right * orders[:, None]).flatten())
-        n_seen.index_add_(0, counts.flatten(), orders.repeat_interleave(vocab_size))
+    n_right, n_seen = torch.zeros(2, length + 1, dtype=torch.float64)    # (T+1,) each, one place for each true count
+    for part in digits.split(1000):                                      # (B, T)
+        x, counts = one_hot_and_counts(part, vocab_size)                 # (B, T, V), (B, V)
+        logits, _ = model(x.to(model.query.device))                      # (B, V, L+1)
+        right = (logits.argmax(dim=-1).cpu() == counts).double()         # (B, V) 1 where the count is right
+        n_orders = torch.ones(len(part), dtype=torch.float64)            # (B,) how many sequences each stands for
+        if exhaustive:                                                   # T! / (count_0! count_1! ...)
+            n_orders = (math.lgamma(length + 1) - torch.lgamma(counts.double() + 1).sum(dim=1)).exp().round()
+        all_right += (right.prod(dim=1) * n_orders).sum().item()
+        n_sequences += n_orders.sum().item()
+        n_right.index_add_(0, counts.flatten(), (right * n_orders.unsqueeze(1)).flatten())
+        n_seen.index_add_(0, counts.flatten(), n_orders.repeat_interleave(vocab_size))
     tried = f"all {vocab_size ** length:,}" if exhaustive else f"{n_samples:,} random"
     return all_right / n_sequences, n_right / n_seen, f"{tried} sequences of length {length}"
 
@@ -130,46 +132,43 @@ def train(args, activation, uniform=False, shorter=True, weight_decay=1e-3, quie
     """
     model = CountingModel(args.vocab_size, args.sequence_length, args.hidden, activation).to(args.device)
     # Without weight decay about one run in fifteen ends with a digit that is never counted: all scores of its query
-    # have become so low that its sigmoids give 0.00, where they are flat and let hardly any gradient through. Decay
-    # shrinks the keys and with them all scores, until that sigmoid has a slope again; other queries grow against it.
+    # have become so low that its sigmoids give 0.00, where they are flat and let hardly any gradient through. Decay of
+    # the keys shrinks all scores, until the sigmoids of that query have a slope again and it can learn. The queries do
+    # not decay: those that work make up for the smaller keys by growing.
     others = [p for name, p in model.named_parameters() if not name.startswith("key.")]
     optimizer = torch.optim.Adam([{"params": model.key.parameters(), "weight_decay": weight_decay},
                                   {"params": others}], lr=args.lr)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, cycle_momentum=False)
     report = progress(args.steps)
     for step in range(args.steps):
-        short = torch.randint(1, args.sequence_length + 1, ()).item() if shorter else args.sequence_length
+        other_length = torch.randint(1, args.sequence_length + 1, ()).item() if shorter else args.sequence_length
         logits, counts = [], []
-        for length in (args.sequence_length, short):
+        for length in (args.sequence_length, other_length):
             digits = make_sequences(args.batch_size // 2, length, args.vocab_size, uniform)              # (B/2, T)
-            x, true = one_hot_and_counts(digits.to(args.device), args.vocab_size)        # (B/2, T, V), (B/2, V)
+            x, half_counts = one_hot_and_counts(digits.to(args.device), args.vocab_size)  # (B/2, T, V), (B/2, V)
             logits.append(model(x)[0])                                   # (B/2, V, L+1)
-            counts.append(true)
+            counts.append(half_counts)
         logits, counts = torch.cat(logits), torch.cat(counts)            # (B, V, L+1), (B, V)
         loss = F.cross_entropy(logits.flatten(0, 1), counts.flatten())   # (B * V, L+1), (B * V,) -> ()
-        if not torch.isfinite(loss):
-            fail(f"the loss is {loss.item()} at step {step}: try a lower --lr")
         if step == 0 and not quiet:
-            print(f"before the first step: loss {loss.item():.4f} (knowing nothing: ln {args.sequence_length + 1} = "
-                  f"{math.log(args.sequence_length + 1):.4f})", flush=True)
+            print_first_loss(loss.item(), args.sequence_length + 1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
+        check_finite([loss, *model.parameters()], step + 1)
         if not quiet:
             report(step + 1, loss=loss.item(), accuracy=(logits.argmax(dim=-1) == counts).float().mean().item())
-    if not all(torch.isfinite(p).all() for p in model.parameters()):
-        fail("the last step made the weights infinite: try a lower --lr")
     return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What it has learned
+# What it has learned, in a table and in pictures
 
 
 @torch.no_grad()
 def count(model, digits, vocab_size):
-    """Count one sequence, a list of T digits: predicted counts (V,), true counts (V,), weights (V, T)."""
+    """Count one sequence, a list of T digits: predicted and true counts, lists of V, and the weights (V, T)."""
     x, counts = one_hot_and_counts(torch.tensor([digits]), vocab_size)   # (1, T, V), (1, V)
     logits, weights = model(x.to(model.query.device))                    # (1, V, L+1), (1, V, T)
     return logits[0].argmax(dim=-1).tolist(), counts[0].tolist(), weights[0].cpu()
@@ -178,7 +177,7 @@ def count(model, digits, vocab_size):
 def print_table(model, vocab_size):
     """Print the weight that each query gives to each digit, measured on a sequence that has each digit once."""
     weights = count(model, list(range(vocab_size)), vocab_size)[2].tolist()              # V lists of V numbers
-    print(f"weights: the query for each digit (row) on each digit (column), {model.activation}; right: by hand")
+    print(f"weights: the query for each digit (row) on each digit (column), {model.activation}; beside it: by hand")
     print("   ", "".join(f"{digit:6}" for digit in range(vocab_size)), "   ", *range(vocab_size))
     for digit, row in enumerate(weights):
         print(f"{digit:4}", "".join(f"{weight:6.2f}" for weight in row), "   ",
@@ -199,13 +198,14 @@ def plot_counts(models, digits, vocab_size, path, show):
 
 
 def compare(args, n_seeds=5):
-    """Train both activations on three kinds of data with several seeds; print and draw the shares that are right."""
+    """Train both activations on three kinds of data with several seeds; print and draw what they get right."""
     L = args.sequence_length
     kinds = {"Dirichlet": {"shorter": False}, "uniform": {"shorter": False, "uniform": True}, "all lengths": {}}
-    print(f"Mean over {n_seeds} seeds. First the share of sequences with every count right; then, at length {L}, the\n"
-          f"share of counts that are right, for each true count from 0 to {L}. Trained at length {L} on Dirichlet or\n"
-          f"uniform digits, or at all lengths on Dirichlet digits.\n\n"
-          f"{'activation, trained on':22} | all right  length {L:<3} shorter | by true count")
+    print(f"{n_seeds} seeds of each, trained at length {L} on Dirichlet or uniform digits, or at all lengths on",
+          f"Dirichlet digits. exact: how many seeds get all sequences of length {L} right; length {L}, shorter: share",
+          "of the sequences with every count right, mean over the seeds; by true count: share of the counts that are",
+          f"right at length {L}, for each true count from 0 to {L}.", "",
+          f"{'activation, trained on':22} | exact  length {L:<2}  shorter | by true count", sep="\n")
     by_length, by_count, models = {}, {}, {}
     for activation in ("sigmoid", "softmax"):
         for kind, how in kinds.items():
@@ -217,17 +217,19 @@ def compare(args, n_seeds=5):
                 shares.append([accuracy for accuracy, _, _ in scores])
                 counts_right.append(scores[-1][1])
             shares = torch.tensor(shares)                                # (n_seeds, L)
-            by_length[row], by_count[row] = shares.mean(dim=0).tolist(), torch.stack(counts_right).mean(dim=0).tolist()
-            print(f"{', '.join(row):22} | {(shares[:, -1] == 1).sum():3} seeds  {shares[:, -1].mean():10.3f} "
+            by_length[row] = shares.mean(dim=0).tolist()
+            by_count[row] = torch.stack(counts_right).mean(dim=0).tolist()
+            print(f"{', '.join(row):22} | {(shares[:, -1] == 1).sum():5}  {shares[:, -1].mean():9.3f}  "
                   f"{shares[:, :-1].mean():7.3f} |", *(f"{share:4.2f}" for share in by_count[row]), flush=True)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for activation, colour, marker in (("sigmoid", "C0", "o"), ("softmax", "C1", "s")):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for activation, color, marker in (("sigmoid", "tab:blue", "o"), ("softmax", "tab:orange", "s")):
         for kind, style in (("Dirichlet", "-"), ("uniform", "--")):
-            left.plot(range(L + 1), by_count[activation, kind], style, color=colour, marker=marker,
+            left.plot(range(L + 1), by_count[activation, kind], style, color=color, marker=marker,
                       label=f"{activation}, {kind} digits")
-        right.plot(range(1, L + 1), by_length[activation, "all lengths"], color=colour, marker=marker, label=activation)
+        right.plot(range(1, L + 1), by_length[activation, "all lengths"], color=color, marker=marker,
+                   label=f"{activation}, Dirichlet digits")
     left.set(title=f"trained at length {L}", xlabel=f"true count, at length {L}", ylabel="share of counts right")
-    right.set(title="trained at all lengths", xlabel="length of the sequence", ylabel="share of sequences right")
+    right.set(title="trained at all lengths", xlabel="length of the sequence", ylabel="share of sequences all right")
     left.legend()
     right.legend()
     save_figure(figure, os.path.join(args.out_dir, "counting_compare.png"), args.show)
@@ -285,7 +287,7 @@ def main(argv=None):
     parser.add_argument("--hidden", type=number(int, 2, 1024), default=16, help="width of queries, keys and values")
     parser.add_argument("--activation", choices=["sigmoid", "softmax"], default="sigmoid",
                         help="what makes weights of the scores")
-    parser.add_argument("--lr", type=number(float, 0, 1), default=0.03, help="peak of Adam's learning rate")
+    parser.add_argument("--lr", type=number(float, 0, 1), default=0.03, help="highest learning rate")
     parser.add_argument("--steps", type=number(int, 1, 10 ** 6), default=1000, help="training steps")
     parser.add_argument("--batch_size", type=number(int, 2, 4096), default=256, help="sequences in each step, half of "
                         "them of the full length")
@@ -306,7 +308,7 @@ def main(argv=None):
         model = load_model(path, args, sizes)
     else:
         model = train(args, args.activation)
-        save(path, lambda temporary: torch.save({"sizes": sizes, "weights": model.state_dict()}, temporary))
+        save_weights(path, sizes=sizes, weights=model.state_dict())
         print("saved:", path)
     accuracy_all, _, tried = evaluate(model, args.vocab_size, args.sequence_length)
     print(f"{tried}: {accuracy_all:.4f} with every count right")

@@ -3,7 +3,7 @@ The input is a string of bits, the class is its parity: 1 if the number of ones 
 built from its parts (attention, multi-head attention, block, classifier) learns it from 800 random strings.
 
 It is a harder task than it looks. The answer changes with every single bit, so nothing less than all of them helps, and
-the loss stays at ln 2 for a hundred steps or more before it suddenly falls. And the model has no positions: it cannot
+the loss stays near ln 2 for a hundred steps or more before it suddenly falls. And the model has no positions: it cannot
 tell 0011 from 1010. For parity that is no loss, since the order of the bits does not matter, and it has three
 consequences:
 
@@ -11,18 +11,19 @@ consequences:
     accuracy need not be estimated on a test set: it is *computed*, over all 2^T strings, from T + 1 of them.
   * About half of the 200 validation strings also occur among the 800 training strings, and nearly all the others are a
     training string in another order. `accuracy_all`, the computed one, is the number to believe.
-  * A string and the same string written twice have the same logits at any width and any depth: attention is a weighted
-    mean over the tokens, and so is the pooling at the end, and doubling every token changes no weighted mean. But the
-    doubled string is always even. So no member of this family, however large, is right at all strings of both length T
+  * A string and the same string written twice have the same logits (the outputs, one for each class, whose softmax are
+    the probabilities) at any width and any depth: attention is a weighted mean over the tokens, at the end the plain
+    mean over them is taken (pooling), and doubling every token changes no weighted mean. But the doubled string is
+    always even. So no member of this family, however large, is right at all strings of both length T
     and length 2T, and none computes parity for *all* lengths.
 
     python parity.py                    two blocks of width 8, 2,426 parameters, strings of length 10
     python parity.py --d_model 16       a wider one
     python parity.py --sweep            the smallest configuration that still works, in a few minutes
 
-You will see the loss start at ln 2 and the accuracy over all 1,024 strings go from 0.5 to nearly 1, and two pictures in
-out/: the curves beside the sawtooth that the model has learned (the difference of its two logits against the number of
-ones), and what its heads attend to.
+You will see the loss start near ln 2 and the accuracy over all 1,024 strings go from 0.5 to nearly 1, and two pictures
+in out/: the curves beside the sawtooth that the model has learned (the difference of its two logits against the number
+of ones), and what its heads attend to.
 
 The sweep's answer. 100 parameters (d_model 3, everything else 1) get all 1,024 strings right, and 58 parameters
 (d_model 2) all but one. Few seeds get there: a LayerNorm over two features is nearly a sign function, and gradients see
@@ -31,16 +32,17 @@ returns its bias whatever comes in, so the final one hands the same number to th
 parity is odd for exactly half of them. As every other size is 1 already, 58 is the smallest with a block that can work
 at all. Without a block mean pooling alone can count, at a fixed length: 122 parameters (width 8) get all but one right.
 
-Transformers *with* positions can do more, but not with one layer: none of one layer computes parity for all lengths
+Transformers *with* positions can do more, but not with one layer: no one-layer Transformer computes it for all lengths
 (Kozachinskiy, Steifer and Walega 2026, https://arxiv.org/abs/2602.05896, version 2). With two layers there is a
 construction (Chiang and Cholak 2022, https://arxiv.org/abs/2202.12172). Learning it is another matter: one bit among T
 moves the output of soft attention by no more than about 1 / T (Hahn 2020, https://arxiv.org/abs/1906.06755).
 
-The model is the encoder of Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762) without positions and dropout, with
-SiLU for ReLU, heads as wide as the model, and the LayerNorms moved in front of the sublayers, as in Xiong et al. 2020
-(https://arxiv.org/abs/2002.04745).
+The model is the encoder of Vaswani et al. 2017, "Attention Is All You Need" (https://arxiv.org/abs/1706.03762) without
+positions and dropout, with SiLU for ReLU, heads as wide as the model, and the LayerNorms moved in front of the
+sublayers, as in Xiong et al. 2020 (https://arxiv.org/abs/2002.04745).
 """
 
+import collections
 import math
 import os
 
@@ -49,15 +51,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import attention, fail, make_parser, number, plot_attention, print_result, progress, run, save, \
-    save_figure, start
+from attention import attention, check_finite, fail, make_parser, number, plot_attention, print_first_loss, \
+    print_result, progress, run, save_figure, save_weights, start
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model. B strings, T bits in each; every module but the last keeps the shape (B, T, d_model).
 
 
 class SelfAttention(nn.Module):
-    """One head: every token asks all tokens (Vaswani et al. 2017, section 3.2.1). (B, T, d_model) -> the same shape."""
+    """One head: every token asks all tokens (Vaswani et al. 2017, section 3.2.1). (B, T, d_model) -> same shape."""
 
     def __init__(self, d_model, d_key):
         super().__init__()
@@ -72,7 +74,7 @@ class SelfAttention(nn.Module):
 
 
 class MultiHeadSelfAttention(nn.Module):
-    """Several heads side by side, mixed by one linear map (section 3.2.2). (B, T, d_model) -> the same shape.
+    """Several heads side by side, mixed by one linear map (section 3.2.2). (B, T, d_model) -> same shape.
 
     Each head is a module of its own because that is how the formula reads; `nn.MultiheadAttention` computes all heads
     in one matrix product, and lets each return only d_model / n_heads numbers.
@@ -89,11 +91,12 @@ class MultiHeadSelfAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention mixes the tokens, then an MLP works on each alone; both *add* to x. (B, T, d_model) -> the same shape.
+    """Attention mixes the tokens, then an MLP works on each alone; both *add* to x. (B, T, d_model) -> same shape.
 
-    LayerNorm takes each token alone: subtract the mean of its features, divide by their standard deviation, then scale
-    and shift by learned numbers. It stands before the sublayers (pre-norm), so x itself is only ever added to, and the
-    gradient has a direct way back through the sums.
+    The MLP is two linear maps with SiLU(x) = x * sigmoid(x) between them. LayerNorm takes each token alone: subtract
+    the mean of its features, divide by their standard deviation, then scale and shift by learned numbers. It stands
+    before the two sublayers (pre-norm), so x itself is only ever added to (the residual connection), and the gradient
+    has a direct way back through the sums.
     """
 
     def __init__(self, d_model, d_key, n_heads, mlp_factor=4):
@@ -133,9 +136,9 @@ class TransformerClassifier(nn.Module):
 
 
 def make_strings(n_samples, seq_len):
-    """Random bit strings (n_samples, seq_len) and their parities (n_samples,), both integers."""
-    strings = torch.randint(2, (n_samples, seq_len))                     # (n_samples, seq_len)
-    return strings, strings.sum(dim=1) % 2                               # (n_samples,)
+    """Random bit strings (B, T) and their parities (B,), both integers; B = n_samples, T = seq_len."""
+    strings = torch.randint(2, (n_samples, seq_len))                     # (B, T)
+    return strings, strings.sum(dim=1) % 2                               # (B, T), (B,)
 
 
 def one_string_per_count(seq_len):
@@ -145,7 +148,7 @@ def one_string_per_count(seq_len):
     """
     counts = torch.arange(seq_len + 1)                                   # (T+1,)
     strings = (torch.arange(seq_len) < counts.unsqueeze(1)).long()       # (T+1, T)
-    shares = torch.tensor([math.comb(seq_len, c) / 2 ** seq_len for c in range(seq_len + 1)])
+    shares = torch.tensor([math.comb(seq_len, c) / 2 ** seq_len for c in range(seq_len + 1)])    # (T+1,)
     return strings, counts % 2, shares
 
 
@@ -155,6 +158,52 @@ def exact_accuracy(model, seq_len):
     strings, parities, shares = (t.to(next(model.parameters()).device) for t in one_string_per_count(seq_len))
     correct = model(strings).argmax(dim=1) == parities                   # (T+1,)
     return shares[correct].sum().item(), correct
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+#
+# Why does it so often fail, and what helps? Parity has a plateau: no polynomial of the number of ones, of any degree
+# below T, is correlated with it at all, so until the model zigzags its gradients are tiny.
+#  - All 800 strings in every step: what little gradient there is would drown in the noise of small batches.
+#  - Adam divides each gradient by a running mean of its size, which by default (beta2 = 0.999) looks back 1,000 steps.
+#    When the way out opens, the gradients grow many times over within a few steps, are still divided by the tiny ones
+#    of the plateau, and throw the model past the exit. With beta2 = 0.9 it looks back 10.
+#  - Clipping the gradient bounds the worst of these leaps, and the learning rate rises first (to leave the plateau) and
+#    falls to zero (to settle: a zigzag through 11 points is steep).
+
+
+def train(model, strings, parities, args):
+    """Train on strings (B, T) until the loss stays low or the steps are done; returns a list of (step, loss, accuracy).
+
+    The accuracy is that over all 2^T strings, computed every ten steps.
+    """
+    batch_size = min(args.batch_size, len(strings))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.9), weight_decay=args.weight_decay,
+                                  fused=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, cycle_momentum=False)
+    history, n_low, report = [], 0, progress(args.steps)
+    for step in range(args.steps):
+        rows = slice(None)
+        if batch_size < len(strings):
+            rows = torch.randint(len(strings), (batch_size,), device=args.device)         # (B,)
+        loss = F.cross_entropy(model(strings[rows]), parities[rows])     # (B, 2), (B,) -> ()
+        if step == 0:
+            print_first_loss(loss.item(), 2)
+        if step % 10 == 0:
+            history.append((step, loss.item(), exact_accuracy(model, args.seq_len)[0]))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        check_finite([loss, *model.parameters()], step + 1)
+        report(step + 1, loss=loss.item(), accuracy=history[-1][2])
+        n_low = n_low + 1 if loss < 0.002 else 0
+        if n_low == 5:
+            break
+    print(f"ended after {step + 1} steps: loss {loss.item():.4f}")
+    return history
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,11 +226,14 @@ LADDER = [  # d_model, d_key, n_heads, mlp_factor, n_layers; how many seeds
 ]
 
 
+Rung = collections.namedtuple("Rung", "sizes params best weights")      # best: the accuracy of each seed
+
+
 def train_many(sizes, seeds, seq_len, steps, device, lr=0.01):
     """Train one model for each seed, all at once; returns each one's best accuracy (S,) and its weights at that moment.
 
-    A string counts as right only if its logits are at least 0.001 apart. Without that, chance wins: where the logits of
-    all strings are equal but for rounding, right and wrong are a lottery with 2^11 tickets, and every step buys one.
+    A string counts as right only if its logits are at least 0.001 apart. Without that, chance wins: where all logits
+    are equal but for rounding, each step draws 11 random answers, and one such draw in 2^11 = 2,048 is all right.
     """
     strings, parities, shares = (t.to(device) for t in one_string_per_count(seq_len))
     models = []
@@ -189,16 +241,17 @@ def train_many(sizes, seeds, seq_len, steps, device, lr=0.01):
         torch.manual_seed(seed)
         models.append(TransformerClassifier(2, 2, *sizes).to(device))
         for p in models[-1].classifier[0].parameters():
-            p.data *= 10    # one more one moves the pooled vector by about 1 / T only, so the classifier starts steep
+            p.data *= 10    # another 1 in the string moves the mean by about 1 / T only, so the classifier starts steep
     weights, _ = torch.func.stack_module_state(models)                   # each (S, ...): a slice for each of S seeds
+    # vmap runs for all slices at once what is written for one: the logits are (S, T+1, 2)
     forward = torch.func.vmap(lambda one: torch.func.functional_call(models[0], one, (strings,)))
-    # Adam works number by number, so no model disturbs another; why beta2 is not the usual 0.999: see main().
+    # Adam works number by number, so no model disturbs another; and its beta2 is small again.
     optimizer = torch.optim.Adam(weights.values(), lr=lr, betas=(0.9, 0.95))
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=False)
     best = torch.zeros(len(models), device=device)                       # (S,)
     kept = {name: value.detach().clone() for name, value in weights.items()}
     for _ in range(steps):
-        margins = forward(weights).diff(dim=-1).squeeze(-1) * (2 * parities - 1)         # (S, T+1) > 0 is right
+        margins = forward(weights).diff(dim=-1).squeeze(-1) * (2 * parities - 1)         # (S, T+1) above 0 is right
         with torch.no_grad():  # the smallest models do not stay where they work, so keep the best moment of each
             accuracy = ((margins > 0.001) * shares).sum(dim=1)           # (S,)
             better = accuracy > best
@@ -206,7 +259,7 @@ def train_many(sizes, seeds, seq_len, steps, device, lr=0.01):
             for name, value in weights.items():
                 kept[name][better] = value[better]
         optimizer.zero_grad()
-        (F.softplus(-margins) * shares).sum().backward()                 # the cross-entropy of two logits
+        (F.softplus(-margins) * shares).sum().backward()                 # with two classes -ln p(right), cross-entropy
         gradients = [value.grad for value in weights.values()]           # each (S, ...)
         norms = sum(g.flatten(1).square().sum(dim=1) for g in gradients).sqrt()          # (S,)
         for g in gradients:                                              # clip each model's gradient to norm 1
@@ -223,7 +276,8 @@ def check_on_all_strings(sizes, weights, seq_len):
     strings = torch.cartesian_prod(*[torch.arange(2)] * seq_len).view(-1, seq_len)       # (2^T, T)
     with torch.no_grad():
         logits = model.double()(strings)                                 # (2^T, 2)
-    return (logits.argmax(1) == strings.sum(1) % 2).double().mean().item(), logits.diff(dim=1).abs().min().item()
+    correct = logits.argmax(dim=1) == strings.sum(dim=1) % 2             # (2^T,)
+    return correct.double().mean().item(), logits.diff(dim=1).abs().min().item()
 
 
 def sweep(args):
@@ -237,18 +291,18 @@ def sweep(args):
         print("{:7} {:6} {:8} {:11} {:9} |".format(*sizes), f"{params:6} {n_seeds:6} {best.max():7.4f}",
               f"{best.median():7.4f} {(best > 0.95).float().mean():7.3f} {(best == 1).float().mean():10.3f}",
               flush=True)
-        rungs.append((sizes, params, best.cpu(), weights))
+        rungs.append(Rung(sizes, params, best.cpu(), weights))
     plot_sweep(rungs, os.path.join(args.out_dir, "parity_sweep.png"), args.show)
     accuracy, params = math.nan, 0
     for threshold in (1.0, 0.95):
-        working = [rung for rung in rungs if rung[0][-1] > 0 and rung[2].max() >= threshold]
+        working = [rung for rung in rungs if rung.sizes[-1] > 0 and rung.best.max() >= threshold]
         if not working:
             print(f"no model with a block reached {threshold}: try another --seed")
             continue
-        sizes, params, _, weights = min(working, key=lambda rung: rung[1])
+        sizes, params, _, weights = min(working, key=lambda rung: rung.params)
         accuracy, margin = check_on_all_strings(sizes, weights, args.seq_len)
         path = os.path.join(args.out_dir, f"parity_{params}.pt")
-        save(path, lambda temporary: torch.save({"sizes": sizes, "weights": weights}, temporary))
+        save_weights(path, sizes=sizes, weights=weights)
         print(f"smallest with a block and accuracy >= {threshold}: {params} parameters, saved: {path}\n    in float64 "
               f"on all {2 ** args.seq_len:,} strings: accuracy {accuracy:.6f}, logits at least {margin:.2g} apart")
     return accuracy, params
@@ -263,14 +317,16 @@ def plot_sweep(rungs, path, show):
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for with_block, label, style, color in ((True, "best, at least one block", "o-", "tab:blue"),
                                             (False, "best, no block: mean pooling alone", "s--", "tab:orange")):
-        chosen = sorted((rung for rung in rungs if (rung[0][-1] > 0) == with_block), key=lambda rung: rung[1])
-        for _, params, best, _ in chosen:
-            axis.plot([params] * len(best), best.tolist(), style[0], color=color, alpha=0.15, markeredgewidth=0)
-        params, best = zip(*[(rung[1], rung[2].max().item()) for rung in chosen])
-        axis.plot(params, best, style, color=color, label=label)
-    axis.axhline(0.95, color="grey", linestyle=":", label="0.95")
-    axis.set(xscale="log", xlabel="parameters", ylabel="accuracy over all strings (one dot a seed)")
-    axis.set_xticks([rung[1] for rung in rungs], [rung[1] for rung in rungs], rotation=90, fontsize=8)
+        chosen = sorted((rung for rung in rungs if (rung.sizes[-1] > 0) == with_block), key=lambda rung: rung.params)
+        for rung in chosen:
+            axis.plot([rung.params] * len(rung.best), rung.best.tolist(), style[0], color=color, alpha=0.3,
+                      markersize=4, markeredgewidth=0)
+        axis.plot([rung.params for rung in chosen], [rung.best.max().item() for rung in chosen], style, color=color,
+                  label=label)
+    axis.axhline(0.95, color="grey", linestyle=":", label="accuracy 0.95")
+    axis.set(xscale="log", title="pale: every seed; lines: the best of them", xlabel="parameters",
+             ylabel="accuracy over all strings")
+    axis.set_xticks([rung.params for rung in rungs], [rung.params for rung in rungs], rotation=90, fontsize=7)
     axis.minorticks_off()
     axis.legend(loc="lower right")
     save_figure(figure, path, show)
@@ -281,9 +337,9 @@ def plot_training(model, history, seq_len, path, show):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     steps, losses, accuracies = zip(*history)
     left.plot(steps, losses, color="tab:blue", label="training loss")
-    left.axhline(math.log(2), color="grey", linestyle=":", label="ln 2: knowing nothing")
+    left.axhline(math.log(2), color="grey", linestyle=":", label="ln 2: the loss of knowing nothing")
     left.plot(steps, accuracies, "--", color="tab:orange", label=f"accuracy over all 2^{seq_len} strings")
-    left.set(xlabel="step", ylabel="loss (nats), accuracy (fraction)", ylim=(-0.03, 1.08))
+    left.set(title="training", xlabel="step", ylabel="loss, accuracy", ylim=(-0.03, 1.08))
     left.legend()
     strings, parities, _ = (t.to(next(model.parameters()).device) for t in one_string_per_count(seq_len))
     with torch.no_grad():
@@ -300,7 +356,7 @@ def plot_training(model, history, seq_len, path, show):
 
 @torch.no_grad()
 def plot_heads(model, seq_len, path, show):
-    """What each head of the first two blocks attends to, in two strings that differ in one bit."""
+    """Draw what the heads of the first two blocks attend to, in two strings that differ in one bit."""
     device = next(model.parameters()).device
     strings = (torch.arange(seq_len) % 3 == 1).long().repeat(2, 1).to(device)              # (2, T)
     strings[1, -1] = 1 - strings[1, -1]
@@ -310,26 +366,14 @@ def plot_heads(model, seq_len, path, show):
         h = block.ln1(x)                                                 # (2, T, d_model)
         for i, head in enumerate(block.attn.heads[:4]):
             panels.append(attention(head.w_q(h), head.w_k(h), head.w_v(h))[1])             # (2, T, T)
-            titles.append(f"block {n + 1}, head {i + 1}")
+            titles += [f"block {n + 1}, head {i + 1}, string {k}" for k in (1, 2)]
         x = block(x)                                                     # (2, T, d_model)
-    weights = torch.stack(panels, dim=1).flatten(0, 1)                   # (2 * panels, T, T)
-    labels = [string for string in strings.tolist() for _ in panels]
-    plot_attention(weights, labels, labels, path, titles * 2, show=show)
+    labels = strings.tolist() * len(panels)
+    plot_attention(torch.cat(panels), labels, labels, path, titles, show=show)             # (2 * panels, T, T)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Command line, and the training loop
-
-
-def memory_in_gb(args, batch_size):
-    """Roughly what a run needs: each parameter four times (itself, its gradient, Adam's two averages), the strings, and
-    what the blocks keep of every token for the backward pass."""
-    params = args.n_layers * args.d_model * (args.n_heads * 2 * (args.d_key + args.d_model)
-                                             + 2 * args.mlp_factor * args.d_model)
-    floats_per_token = args.n_layers * (args.n_heads * (2 * args.d_key + 3 * args.d_model + 3 * args.seq_len)
-                                        + (2 * args.mlp_factor + 8) * args.d_model) + 4 * args.d_model
-    tokens = max(batch_size, args.seq_len + 1) * args.seq_len
-    return (16 * params + 8 * args.n_samples * args.seq_len + 4 * tokens * floats_per_token) / 1e9
+# Command line
 
 
 def main(argv=None):
@@ -345,9 +389,9 @@ def main(argv=None):
     parser.add_argument("--lr", type=number(float, 0, 1e30), default=0.006, help="highest learning rate")
     parser.add_argument("--steps", type=number(int, 1, 10 ** 7), default=650, help="training steps at most")
     parser.add_argument("--batch_size", type=number(int, 1, 10 ** 9), default=800, help="strings in each step")
-    parser.add_argument("--weight_decay", type=number(float, 0, 1e3), default=0.0, help="of AdamW")
-    parser.add_argument("--sweep", action="store_true", help="find the smallest configuration (uses only --seq_len "
-                        "and the options that all scripts share)")
+    parser.add_argument("--weight_decay", type=number(float, 0, 1e3), default=0.0, help="weight decay of AdamW")
+    parser.add_argument("--sweep", action="store_true", help="find the smallest configuration (of the options above "
+                        "only --seq_len matters)")
     args = start(parser, argv)
     if args.sweep:
         if args.seq_len > 16:
@@ -355,54 +399,15 @@ def main(argv=None):
         accuracy, params = sweep(args)
         print_result(args, accuracy_all=accuracy, params=params)
         return
-    sizes = args.d_model, args.d_key, args.n_heads, args.mlp_factor, args.n_layers
+    strings, parities = (t.to(args.device) for t in make_strings(args.n_samples, args.seq_len))  # (B, T), (B,)
     n_train = args.n_samples * 4 // 5
-    batch_size = min(args.batch_size, n_train)
-
-    gigabytes = memory_in_gb(args, batch_size)
-    if gigabytes > 16:
-        fail(f"this needs about {gigabytes:.0f} GB of memory: lower --n_samples, --batch_size, --seq_len or the sizes")
-
-    strings, parities = (t.to(args.device) for t in make_strings(args.n_samples, args.seq_len))  # (N, T), (N,)
     train_x, train_y, val_x = strings[:n_train], parities[:n_train], strings[n_train:]
+    sizes = args.d_model, args.d_key, args.n_heads, args.mlp_factor, args.n_layers
     model = TransformerClassifier(2, 2, *sizes).to(args.device)
-
-    # Why does training so often fail, and what helps? Parity has a plateau: no polynomial of the number of ones, of any
-    # degree below T, is correlated with it at all, so until the model zigzags its gradients are tiny.
-    #  - All 800 strings in every step: what little gradient there is would drown in the noise of small batches.
-    #  - Adam divides each gradient by a running mean of its size, which by default (beta2 = 0.999) looks back 1,000
-    #    steps. When the way out opens, the gradients grow many times over within a few steps, are still divided by the
-    #    tiny ones of the plateau, and throw the model past the exit. With beta2 = 0.9 it looks back 10.
-    #  - Clipping the gradient bounds the worst of these leaps, and the learning rate rises first (to leave the plateau)
-    #    and falls to zero (to settle: a zigzag through 11 points is steep).
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.9), weight_decay=args.weight_decay,
-                                  fused=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, cycle_momentum=False)
     params = sum(p.numel() for p in model.parameters())
-    print(f"{params} parameters, {n_train} strings to train on, {len(val_x)} to validate")
-    history, n_low, report = [], 0, progress(args.steps)                 # history: (step, loss, accuracy)
-    for step in range(args.steps):
-        rows = slice(None) if batch_size == n_train else torch.randint(n_train, (batch_size,), device=args.device)
-        loss = F.cross_entropy(model(train_x[rows]), train_y[rows])
-        if not torch.isfinite(loss):
-            fail(f"the loss is {loss.item()} at step {step}: try a lower --lr")
-        if step == 0:
-            print(f"before the first step: loss {loss.item():.4f} (knowing nothing: ln 2 = {math.log(2):.4f})")
-        if step % 10 == 0:
-            history.append((step, loss.item(), exact_accuracy(model, args.seq_len)[0]))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        report(step + 1, loss=history[-1][1], accuracy=history[-1][2])
-        n_low = n_low + 1 if loss < 0.002 else 0
-        if n_low == 5:
-            break
-    print(f"stopped after {step + 1} steps: loss {loss.item():.4f}")
+    print(f"{params:,} parameters, {n_train:,} strings to train on, {len(val_x):,} to validate")
+    history = train(model, train_x, train_y, args)
 
-    if not all(torch.isfinite(p).all() for p in model.parameters()):
-        fail("the last step made the weights infinite: try a lower --lr")
     accuracy_all, correct = exact_accuracy(model, args.seq_len)
     accuracy_val = correct[val_x.sum(dim=1)].float().mean().item()       # the number of ones decides
     seen = set(map(tuple, train_x.tolist()))
@@ -411,8 +416,9 @@ def main(argv=None):
     wrong = [count for count, right in enumerate(correct.tolist()) if not right]
     print(f"all 2^{args.seq_len} strings, computed: accuracy {accuracy_all:.4f}, wrong for",
           f"those with {', '.join(map(str, wrong))} ones" if wrong else "none")
-    save(os.path.join(args.out_dir, "parity.pt"),
-         lambda temporary: torch.save({"sizes": sizes, "weights": model.cpu().state_dict()}, temporary))
+    path = os.path.join(args.out_dir, "parity.pt")
+    save_weights(path, sizes=sizes, weights=model.state_dict())
+    print("saved:", path)
     plot_training(model, history, args.seq_len, os.path.join(args.out_dir, "parity_training.png"), args.show)
     if args.n_layers > 0:
         plot_heads(model, args.seq_len, os.path.join(args.out_dir, "parity_heads.png"), args.show)

@@ -1,24 +1,27 @@
 """Where does a network *without* attention look, and how is it fooled?
 A convolutional network has no attention weights to print. But it is differentiable, so it can be asked how much its
-loss would change with every number of the picture: that is its Jacobian with respect to the input. Where the Jacobian
-is large the network is looking (saliency); and a small step along it, too small to be noticed, makes the network wrong
-(an adversarial example).
+loss would change with every number of the picture: that is its Jacobian with respect to the input, or simply the
+gradient, as the loss is one number. Where it is large, a small change would matter most (saliency: one is tempted to
+say that the network looks there, and README shows where that goes wrong); and a small step along it, too small to be
+noticed, makes the network wrong (an adversarial example).
 
 Both need a trained network and pictures. By default the program draws its own pictures, six shapes on cluttered
 backgrounds, and trains a small ResNet on them in about a minute. As it knows where it put each shape, it can also
 measure how often the most salient pixel lies on it. With one more option it does the same on real photographs, with the
 ResNet-18 that was trained on ImageNet.
 
-    python saliency.py                                 train, then look at four pictures and attack three others
+    python saliency.py                                 train, then look at four pictures and attack three
     python saliency.py --load out/saliency.pt          the same without the training
     python saliency.py --weights imagenet              seven photographs, fetched with the weights (48 MB in all)
     python saliency.py --weights imagenet --image a.jpg b.png        your own
 
-You will see the loss start near ln 6 and the accuracy on fresh pictures pass 0.99, and three pictures in out/: four
+You will see the loss start near ln 6 and the accuracy on fresh pictures pass 0.99, and three figures in out/: four
 samples with their saliency, three adversarial examples, and the accuracy against the size of the attack.
 
 Why does a change of 8/255 in each number suffice, when noise of the same size does nothing? Let g be the gradient of
-the loss. To first order a change d adds the sum of g * d to the loss. If no number may change by more than eps,
+the loss. If the loss were a straight line (to first order), a change d would add the sum of g * d to it. It is not: for
+a sure prediction it is flat here and steep further on, so it rises more than that. But the comparison holds. If no
+number may change by more than eps,
 
     sign step      d = eps * sign(g)          adds  eps * L1              L1 = sum of |g|
     raw step       d = eps * g / max|g|       adds  eps * L2^2 / Linf     L2 = root of the sum of g^2, Linf = max|g|
@@ -26,7 +29,7 @@ the loss. To first order a change d adds the sum of g * d to the loss. If no num
 
 and L1 >= L2^2 / Linf >= L2, whatever g is. The sign step is the best there is, as it uses the whole allowance
 everywhere. The raw step uses it in one place only, where g is largest. Random signs help as often as they hurt. If all
-n numbers of g were of one size, L1 would be sqrt(n) times L2: the more pixels, the easier a network is fooled.
+n numbers of g were of one size, L1 would be sqrt(n) times L2: the more pixels, the further noise is left behind.
 
 Simonyan, Vedaldi and Zisserman 2014, "Deep Inside Convolutional Networks" (https://arxiv.org/abs/1312.6034), saliency.
 Goodfellow, Shlens and Szegedy 2015, "Explaining and Harnessing Adversarial Examples", section 4, the sign step
@@ -36,6 +39,7 @@ network (https://arxiv.org/abs/1512.03385).
 
 import math
 import os
+import pathlib
 import warnings
 
 import matplotlib.image
@@ -44,7 +48,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import download, fail, load, make_parser, number, print_result, progress, run, save, save_figure, start
+from attention import check_finite, download, fail, load, make_parser, number, print_first_loss, print_result, \
+    progress, run, save_figure, save_weights, start
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The idea: where does it look, and how is it fooled? B pictures of three colours, H x W pixels, numbers in [0, 1].
@@ -54,7 +59,8 @@ def calculate_jacobian(model, x, target):
     """How the loss depends on pictures x (B, 3, H, W): returns its gradient (B, 3, H, W) and the logits (B, n_classes).
 
     The loss is the cross-entropy with `target` (B,), summed over the pictures and not averaged, so that the gradient of
-    each is the same alone and in a batch. In eval mode, for the same reason: in training BatchNorm mixes the pictures.
+    each is the same alone and in a batch. In eval mode, for the same reason: BatchNorm, which rescales each channel by
+    its mean and spread, takes these from all pictures of a batch in training, from numbers it has kept in eval mode.
     The model, its mode, its gradients and x are left as they were.
     """
     modes = {module: module.training for module in model.modules()}
@@ -63,8 +69,8 @@ def calculate_jacobian(model, x, target):
         with torch.inference_mode(False), torch.enable_grad():              # whatever the caller has switched off
             x = x.detach().clone().requires_grad_()                         # (B, 3, H, W)
             logits = model(x)                                               # (B, n_classes)
-            # The gradient holds 1 - p of the target. In float32 p rounds to 1 from about 1 - 6e-8 on, and the target
-            # drops out of its own gradient; in float64 from 1 - 1e-16 on. On the CPU, as not every GPU has float64.
+            # The gradient of the target's logit is p - 1. If the prediction is sure by more than 16, float32 rounds p
+            # to 1 and this part is lost; float64 holds out to 36. On the CPU, as not every GPU has float64.
             loss = F.cross_entropy(logits.cpu().double(), target.cpu(), reduction="sum")
             gradient, = torch.autograd.grad(loss, x)                        # (B, 3, H, W); touches no parameter's .grad
     finally:
@@ -76,26 +82,24 @@ def calculate_jacobian(model, x, target):
 def saliency_map(gradient):
     """Gradient (B, 3, H, W) -> saliency (B, H, W): L2 norm over the colours, rescaled to [0, 1] for each picture.
 
-    Where the norm is the same everywhere nothing is salient: zeros.
+    If the norm is the same at every pixel, no pixel is salient: all zeros.
     """
-    largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)              # (B, 1, 1, 1)
-    tiny = torch.finfo(gradient.dtype).tiny
-    norm = (gradient / largest.clamp_min(tiny)).norm(dim=1)                 # (B, H, W) squares of 1e-30 would be 0
+    red, green, blue = gradient.unbind(dim=1)                               # (B, H, W) each
+    norm = torch.hypot(torch.hypot(red, green), blue)                       # (B, H, W) also where a square would be 0
     low, high = norm.amin(dim=(1, 2), keepdim=True), norm.amax(dim=(1, 2), keepdim=True)  # (B, 1, 1)
-    return (norm - low) / (high - low).clamp_min(tiny)                      # (B, H, W)
+    return (norm - low) / (high - low).clamp_min(torch.finfo(norm.dtype).tiny)            # (B, H, W)
 
 
 def adversarial_example(model, x, target, eps, steps=1):
     """Pictures (B, 3, H, W) at most eps from x and in [0, 1], after `steps` sign steps up the loss, eps / steps each.
 
-    One step is the fast gradient sign method (Goodfellow et al. 2015, section 4). Several small ones look at the
-    gradient anew each time and so follow a loss that is not straight.
+    One step is the fast gradient sign method (Goodfellow et al. 2015, section 4). Several small ones, which together
+    lead no further than eps, look at the gradient anew each time and so follow a loss that is not straight.
     """
-    adversarial = x = x.detach()                                            # (B, 3, H, W)
+    adversarial = x.detach()                                                # (B, 3, H, W)
     for _ in range(steps):
-        gradient, _ = calculate_jacobian(model, adversarial, target)
-        adversarial = adversarial + eps / steps * gradient.sign()           # (B, 3, H, W)
-        adversarial = adversarial.clamp(x - eps, x + eps).clamp(0, 1)
+        gradient, _ = calculate_jacobian(model, adversarial, target)        # (B, 3, H, W)
+        adversarial = (adversarial + eps / steps * gradient.sign()).clamp(0, 1)
     return adversarial
 
 
@@ -108,12 +112,15 @@ def raw_step(model, x, target, eps):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The network, with the names and shapes of torchvision's ResNet-18, so that its weights load
+#
+# A convolution is a linear layer over a small window, here 3 x 3 pixels, that slides over the picture. Stride 2 moves
+# it by two pixels at a time, which halves height and width. Channels are the features that it computes at each place.
 
 
 class BasicBlock(nn.Module):
     """Two convolutions, their result added to the input: (B, c_in, H, W) -> (B, c_out, H / stride, W / stride).
 
-    Where the shape changes, a 1 x 1 convolution brings the input to the new one (He et al. 2016, figure 2).
+    He et al. 2016, figure 2. Where the shape changes, a 1 x 1 convolution brings the input to it (section 3.3).
     """
 
     def __init__(self, c_in, c_out, stride):
@@ -128,7 +135,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))                                 # (B, c_out, H / stride, W / stride)
-        y = self.bn2(self.conv2(y))                                         # the same
+        y = self.bn2(self.conv2(y))                                         # (B, c_out, H / stride, W / stride)
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
@@ -143,25 +150,28 @@ class ResNet(nn.Module):
     def __init__(self, blocks, widths, n_classes, stem=7):
         super().__init__()
         # The normalisation belongs to the network: outside, a pixel is three numbers in [0, 1], eps a change of them.
-        # Mean and spread are those of ImageNet's colours; not persistent, as torchvision's state_dict has no such keys.
+        # Mean and spread are those of ImageNet's colours. Not persistent: left out of the state_dict, the table of all
+        # weights by name, since torchvision's has no such entries.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
         self.conv1 = nn.Conv2d(3, widths[0], stem, 2 if stem == 7 else 1, padding=stem // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.maxpool = nn.MaxPool2d(3, 2, padding=1) if stem == 7 else nn.Identity()
         self.n_layers, c_in = len(widths), widths[0]
-        for n, (depth, width) in enumerate(zip(blocks, widths)):
-            strides = [1 if n == 0 else 2] + [1] * (depth - 1)
-            self.add_module(f"layer{n + 1}", nn.Sequential(*[BasicBlock(c_in if i == 0 else width, width, stride)
-                                                             for i, stride in enumerate(strides)]))
-            c_in = width
+        for n, (n_blocks, width) in enumerate(zip(blocks, widths), start=1):
+            layer = nn.Sequential()
+            for i in range(n_blocks):
+                layer.append(BasicBlock(c_in, width, stride=2 if n > 1 and i == 0 else 1))
+                c_in = width
+            setattr(self, f"layer{n}", layer)                               # torchvision's names: layer1, layer2, ...
         self.fc = nn.Linear(c_in, n_classes)
 
     def forward(self, x):
         x = (x - self.mean) / self.std                                      # (B, 3, H, W)
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))                   # (B, widths[0], H / 4, W / 4) with stem 7
-        for n in range(self.n_layers):
-            x = getattr(self, f"layer{n + 1}")(x)                           # (B, widths[n], H / 2^(n+2), W / 2^(n+2))
+        # with a stem of 7; a stem of 3 leaves all of them four times as high and wide
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))                   # (B, widths[0], H / 4, W / 4)
+        for n in range(1, self.n_layers + 1):
+            x = getattr(self, f"layer{n}")(x)                               # (B, widths[n-1], H / 2^(n+1), W / 2^(n+1))
         return self.fc(x.mean(dim=(2, 3)))                                  # (B, n_classes)
 
 
@@ -176,17 +186,11 @@ def small_resnet():
 
 
 def fill(model, weights, path):
-    """Copy a state_dict into the model, or name the first key that does not fit. `path` is for the message."""
-    wanted = {name: value for name, value in model.state_dict().items() if "num_batches" not in name}
-    if not isinstance(weights, dict):
-        fail(f"{path} holds no state_dict")
-    for name in [*wanted, *weights]:
-        if "num_batches" not in str(name):          # batches seen in training: of no use here, and old files lack them
-            found = tuple(weights[name].shape) if isinstance(weights.get(name), torch.Tensor) else "missing"
-            expected = tuple(wanted[name].shape) if name in wanted else "no such key"
-            if found != expected:
-                fail(f"{path} does not fit this network: {name} is {found}, expected {expected}")
-    model.load_state_dict({name: weights[name] for name in wanted}, strict=False)
+    """Copy a state_dict into the model; `path` is for the message if it does not fit."""
+    try:
+        model.load_state_dict(weights)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        fail(f"{path} does not fit this network: {' '.join(str(error).split())[:250]}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -194,20 +198,20 @@ def fill(model, weights, path):
 
 CLASSES = ["star", "ring", "cross", "triangle", "bars", "moon"]
 SIZE = 32
-N_FRESH, N_ATTACKED = 2000, 500     # pictures to measure accuracy and pointing on, and the attacks
+N_FRESH, N_ATTACKED = 2000, 500     # pictures to measure accuracy and pointing on; the first 500 are attacked as well
 
 
 def shape_distances(u, v):
-    """Distance to the edge of each shape, below 0 inside, at the points (u, v), both (B, H, W) -> (B, 6, H, W).
+    """About how far the points (u, v) are outside each shape, below 0 inside: both (B, H, W) -> (B, 6, H, W).
 
-    The shapes lie around (0, 0) and fit into a circle of radius 1; but for the tips of star and triangle, which may so
-    stick out of a picture.
+    The shapes lie around (0, 0) within a radius of 1, but for tips and corners (star 1.26, triangle 1.20, bars 1.09),
+    which may so stick out of a picture.
     """
     def polygon(n, sides, inner):
-        """Points on the inner side of at least `sides` of n lines, each `inner` from the centre. A star: 4 of 5."""
+        """The points inside at least `sides` of n lines, each `inner` from the centre. A star: 4 of 5."""
         angles = torch.arange(n) * (2 * math.pi / n)                        # (n,)
-        lines = u.unsqueeze(-1) * angles.cos() + v.unsqueeze(-1) * angles.sin() - inner  # (B, H, W, n)
-        return lines.kthvalue(sides, dim=-1).values                         # (B, H, W)
+        outside = u.unsqueeze(-1) * angles.cos() + v.unsqueeze(-1) * angles.sin() - inner  # (B, H, W, n) of each line
+        return outside.kthvalue(sides, dim=-1).values                       # (B, H, W)
 
     r, small, large = torch.hypot(u, v), torch.minimum(u.abs(), v.abs()), torch.maximum(u.abs(), v.abs())
     return torch.stack([polygon(5, 4, 0.39),
@@ -219,54 +223,83 @@ def shape_distances(u, v):
 
 
 def make_pictures(n_samples, generator):
-    """Pictures (N, 3, 32, 32), their classes (N,), and masks (N, 32, 32) that are True on the shape.
+    """Pictures (B, 3, 32, 32), their classes (B,), and masks (B, 32, 32) that are True on the shape; B = n_samples.
 
     A coin decides for each of the three colours: either the shape has at least 0.75 of it and the background at most
     0.55, or the shape at most 0.25 and the background at least 0.45 (but for four short strokes and the noise). So no
     shape is ever lost in its background.
     """
     def uniform(low, high, n):
-        """Random numbers (N, n, 1, 1)."""
+        """Random numbers for each picture, (B, n, 1, 1): one for a size or an angle, 3 for a colour, 4 for strokes."""
         return low + (high - low) * torch.rand(n_samples, n, 1, 1, generator=generator)
 
     def paint(picture, color, cover):
-        """Blend a colour (N, 3, 1, 1) into the picture (N, 3, H, W) as much as `cover` (N, 1, H, W) says."""
+        """Blend a colour (B, 3, 1, 1) into the picture (B, 3, H, W) as much as `cover` (B, 1, H, W) says."""
         return picture + (color - picture) * cover
 
     y, x = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")  # (H, W)
 
     def turned(x_0, y_0, angle):
-        """Coordinates (N, n, H, W) around the points (x_0, y_0), turned by `angle`, all (N, n, 1, 1)."""
+        """Coordinates (B, n, H, W) around the points (x_0, y_0), turned by `angle`, all (B, n, 1, 1)."""
         return ((x - x_0) * angle.cos() + (y - y_0) * angle.sin(), (y - y_0) * angle.cos() - (x - x_0) * angle.sin())
 
-    across, _ = turned(0, 0, uniform(0, math.pi, 1))                        # (N, 1, H, W)
-    stripes = (0.5 + 0.5 * torch.sin(across * 2 * math.pi / uniform(3, 12, 1) + uniform(0, 2 * math.pi, 1)))
-    picture = paint(uniform(0, 1, 3), uniform(0, 1, 3), stripes * uniform(0, 1, 1))          # (N, 3, H, W)
+    across, _ = turned(0, 0, uniform(0, math.pi, 1))                        # (B, 1, H, W)
+    stripes = 0.5 + 0.5 * torch.sin(across * 2 * math.pi / uniform(3, 12, 1) + uniform(0, 2 * math.pi, 1))
+    picture = paint(uniform(0, 1, 3), uniform(0, 1, 3), stripes * uniform(0, 1, 1))          # (B, 3, H, W)
     for _ in range(5):                                                      # blobs
-        squares = (x - uniform(0, SIZE, 1)).square() + (y - uniform(0, SIZE, 1)).square()    # (N, 1, H, W)
-        picture = paint(picture, uniform(0, 1, 3), torch.exp(-squares / (2 * uniform(2, 6, 1).square())))
-    bright = (uniform(0, 1, 3) < 0.5).float()                               # (N, 3, 1, 1) the coin
-    picture = 0.55 * picture + 0.45 * (1 - bright)                          # (N, 3, H, W)
-    u, v = turned(uniform(0, SIZE, 4), uniform(0, SIZE, 4), uniform(0, math.pi, 4))          # (N, 4, H, W)
-    marks = torch.maximum(u.abs() - uniform(0.5, 3, 4), v.abs() - uniform(0.4, 0.8, 4)).amin(dim=1, keepdim=True)
-    picture = paint(picture, 0.75 * bright + uniform(0, 0.25, 3), 0.3 * (0.5 - marks).clamp(0, 1))  # short strokes
+        distance = torch.hypot(x - uniform(0, SIZE, 1), y - uniform(0, SIZE, 1))             # (B, 1, H, W)
+        picture = paint(picture, uniform(0, 1, 3), torch.exp(-(distance / uniform(2, 6, 1)).square() / 2))
+    bright = (uniform(0, 1, 3) < 0.5).float()                               # (B, 3, 1, 1) the coin
+    picture = 0.55 * picture + 0.45 * (1 - bright)                          # (B, 3, H, W)
+    u, v = turned(uniform(0, SIZE, 4), uniform(0, SIZE, 4), uniform(0, math.pi, 4))          # (B, 4, H, W)
+    # How far outside the nearest of four short strokes a pixel is; 0.5 minus that, from 0 to 1, is how much of it is
+    # covered, with a smooth edge. So it is with the shape below.
+    outside = torch.maximum(u.abs() - uniform(0.5, 3, 4), v.abs() - uniform(0.4, 0.8, 4)).amin(dim=1, keepdim=True)
+    picture = paint(picture, 0.75 * bright + uniform(0, 0.25, 3), 0.3 * (0.5 - outside).clamp(0, 1))
 
-    radius, classes = uniform(6.5, 9, 1), torch.randint(len(CLASSES), (n_samples,), generator=generator)
-    place = [radius + (SIZE - 2 * radius) * uniform(0, 1, 1) for _ in "xy"]
-    u, v = turned(*place, uniform(0, 2 * math.pi, 1))                       # (N, 1, H, W)
-    distances = shape_distances((u / radius).squeeze(1), (v / radius).squeeze(1)) * radius   # (N, 6, H, W) in pixels
-    inside = (0.5 - distances[torch.arange(n_samples), classes].unsqueeze(1)).clamp(0, 1)    # (N, 1, H, W) smooth edge
-    picture = paint(picture, 0.75 * bright + uniform(0, 0.25, 3), inside)
-    noise = 0.02 * torch.randn(picture.shape, generator=generator)          # (N, 3, H, W)
-    return (picture + noise).clamp(0, 1), classes, inside.squeeze(1) > 0.5
+    radius = uniform(6.5, 9, 1)                                             # (B, 1, 1, 1)
+    classes = torch.randint(len(CLASSES), (n_samples,), generator=generator)              # (B,)
+    place = [radius + (SIZE - 2 * radius) * uniform(0, 1, 1) for _ in "xy"]               # where the whole circle fits
+    u, v = turned(*place, uniform(0, 2 * math.pi, 1))                       # (B, 1, H, W)
+    outside = shape_distances((u / radius).squeeze(1), (v / radius).squeeze(1)) * radius   # (B, 6, H, W) in pixels
+    cover = (0.5 - outside[torch.arange(n_samples), classes].unsqueeze(1)).clamp(0, 1)       # (B, 1, H, W)
+    picture = paint(picture, 0.75 * bright + uniform(0, 0.25, 3), cover)
+    noise = 0.02 * torch.randn(picture.shape, generator=generator)          # (B, 3, H, W)
+    return (picture + noise).clamp(0, 1), classes, cover.squeeze(1) > 0.5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(model, args):
+    """Train the small network on pictures that are drawn anew for each step."""
+    generator = torch.Generator().manual_seed(args.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.15,
+                                                    cycle_momentum=False)
+    report = progress(args.steps)
+    model.train()
+    for step in range(args.steps):
+        images, target, _ = (t.to(args.device) for t in make_pictures(args.batch_size, generator))
+        logits = model(images)                                              # (B, 6)
+        loss = F.cross_entropy(logits, target)
+        if step == 0:
+            print_first_loss(loss.item(), len(CLASSES))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        check_finite([loss, *model.state_dict().values()], step + 1)
+        report(step + 1, loss=loss.item(), accuracy=(logits.argmax(dim=1) == target).float().mean().item())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Photographs
 
 WEIGHTS_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"    # the end of the name is its checksum
-NAMES_URL, NAMES_FILE = "https://raw.githubusercontent.com/pytorch/hub/master/imagenet_classes.txt", \
-    "data/imagenet_classes.txt"
+NAMES_URL = "https://raw.githubusercontent.com/pytorch/hub/master/imagenet_classes.txt"
+NAMES_FILE = "data/imagenet_classes.txt"
 PHOTOGRAPHS_URL = "https://raw.githubusercontent.com/EliSchwartz/imagenet-sample-images/master/"
 PHOTOGRAPHS = [  # file, number of its class, SHA-256; the first four to look at, the last three to attack
     ("n01534433_junco.JPEG", 13, "72d3955d40e0a4c0e948b34c8271de38f4922b22f7f50c7aae7e0dabe48c33b6"),
@@ -282,17 +315,17 @@ PHOTOGRAPHS = [  # file, number of its class, SHA-256; the first four to look at
 def read_picture(path):
     """The picture in a file as the network wants it, (3, 224, 224): short side resized to 256, then the centre of that.
 
-    Grey becomes three equal colours; what is transparent stands on white. Sizes are rounded like torchvision's.
+    Grey becomes three equal colours; an alpha channel is laid on white. Sizes are rounded like torchvision's.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")         # of a large picture: that is no mistake
-            # any format but "png", which is matplotlib's guess, lets Pillow look into the file for the real one
-            pixels = torch.tensor(matplotlib.image.imread(path, format="any"))
+            warnings.simplefilter("ignore")         # Pillow warns of very large pictures; they are welcome
+            # a format that is not "png" lets Pillow look into the file; a Path is never taken for a web address
+            pixels = torch.tensor(matplotlib.image.imread(pathlib.Path(path), format="any"))
     except Exception as error:                      # each format has its own words for a damaged file
         fail(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no picture, or damaged, or too large'}")
     pixels = pixels.float() / {torch.uint8: 255, torch.uint16: 65535}.get(pixels.dtype, 1)
-    highest = pixels.max()                          # matplotlib leaves 2-bit PNG in [0, 85] and 4-bit ones in [0, 17]
+    highest = pixels.max()                          # matplotlib returns grey of 2 bits in [0, 85], of 4 in [0, 17]
     pixels = pixels / (85 if highest > 17.5 else 17 if highest > 1.01 else 1)
     if pixels.ndim == 2:
         pixels = pixels.unsqueeze(-1).expand(-1, -1, 3)                     # (H, W, 3)
@@ -331,32 +364,8 @@ def imagenet_weights():
                                                   check_hash=True, weights_only=True)
     except Exception as error:                      # no network, a cut connection, another checksum, a damaged file
         path = os.path.join("data", os.path.basename(WEIGHTS_URL))
-        fail(f"cannot get {WEIGHTS_URL} ({type(error).__name__}): try again, or put the right file at {path} by hand")
-
-
-def photographs(args):
-    """Look at photographs, and attack them, with a ResNet-18 that was trained on ImageNet."""
-    if args.image:                                  # all are looked at and attacked
-        images = torch.stack([read_picture(path) for path in args.image]).to(args.device)   # (B, 3, 224, 224)
-        labels, look, attack = [os.path.basename(path) for path in args.image], slice(None), slice(None)
-    model = resnet18()
-    fill(model, imagenet_weights() if args.weights == "imagenet" else load(args.weights), args.weights)
-    model.to(args.device).eval()
-    names = imagenet_names(fetch=args.weights == "imagenet")
-    if args.image:
-        target = predict(model, images).argmax(dim=1)                       # (B,) what it is nobody says: what it seems
-    else:
-        for file, _, sha256 in PHOTOGRAPHS:
-            download(PHOTOGRAPHS_URL + file, os.path.join("data", file), sha256)
-        images = torch.stack([read_picture(os.path.join("data", file)) for file, _, _ in PHOTOGRAPHS]).to(args.device)
-        target = torch.tensor([n for _, n, _ in PHOTOGRAPHS], device=args.device)     # (7,)
-        labels, look, attack = [names[n] for n in target.tolist()], slice(4), slice(4, 7)
-    plot_samples(model, images[look], target[look], labels[look], names, args, "saliency_photographs")
-    plot_attack(model, images[attack], target[attack], names, args, "saliency_photographs_adversarial")
-    attacked = adversarial_example(model, images, target, args.eps, args.attack_steps)
-    known = {} if args.image else {"accuracy": accuracy_of(model, images, target)}
-    print_result(args, **known, accuracy_attacked=accuracy_of(model, attacked, target),     # of what it seemed before
-                 params=sum(p.numel() for p in model.parameters()))
+        fail(f"cannot get {WEIGHTS_URL} ({type(error).__name__}): remove {path} if it is there and try again, or "
+             "put the right file there by hand")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -382,6 +391,7 @@ def accuracy_of(model, images, target):
 def pointing_of(model, images, target, masks):
     """The share of pictures whose most salient pixel is on the shape or within two pixels, and that share by chance."""
     saliency = in_parts(lambda x, t: saliency_map(calculate_jacobian(model, x, t)[0]), images, target)   # (B, H, W)
+    # the largest number in a window of 5 x 5: 1 on the shape and up to two pixels around it
     near = F.max_pool2d(masks.float().unsqueeze(1), 5, 1, padding=2).flatten(1)                          # (B, H * W)
     hits = near.gather(1, saliency.flatten(1).argmax(dim=1, keepdim=True))                               # (B, 1)
     return hits.mean().item(), near.mean().item()
@@ -389,37 +399,40 @@ def pointing_of(model, images, target, masks):
 
 def attack_table(model, images, target, args):
     """Print and return accuracies for growing eps: a list of (eps, sign steps, raw step, random signs)."""
-    gradient = in_parts(lambda x, t: calculate_jacobian(model, x, t)[0], images, target).flatten(1).cpu().double()
-    l1, l2, highest = gradient.abs().sum(dim=1), gradient.norm(dim=1), gradient.abs().amax(dim=1)        # (B,)
-    sign, raw, noise = (args.eps * norm.median().item() for norm in (l1, l2 ** 2 / highest.clamp_min(1e-300), l2))
-    print(f"a step of {255 * args.eps:.3g}/255 adds to the loss, to first order (median over pictures): "
-          f"sign {sign:.2g}, raw {raw:.2g}, random signs 0 give or take {noise:.2g}")
-    random = torch.randint(2, images.shape, generator=torch.Generator().manual_seed(args.seed)) * 2.0 - 1
-    random, rows = random.to(images.device), []
+    gradient = in_parts(lambda x, t: calculate_jacobian(model, x, t)[0], images, target).flatten(1)      # (B, 3HW)
+    l1, l2, largest = gradient.abs().sum(dim=1), gradient.norm(dim=1), gradient.abs().amax(dim=1)        # (B,) each
+    print(f"to first order a sign step adds {(l1 * largest / l2 ** 2).nanmedian():.1f} times as much to the loss as a "
+          f"raw step, {(l1 / l2).nanmedian():.1f} times as much as random signs (median over pictures)")
+    signs = torch.randint(2, images.shape, generator=torch.Generator().manual_seed(args.seed)) * 2.0 - 1
+    signs, rows = signs.to(images.device), []
     print(f"accuracy on {len(images)} pictures\n  eps*255   sign steps ({args.attack_steps})   raw step   random signs")
     for eps in sorted({0.0, 2 / 255, 4 / 255, 8 / 255, 16 / 255, args.eps}):
-        attacks = (lambda x, t, r: adversarial_example(model, x, t, eps, args.attack_steps),
-                   lambda x, t, r: raw_step(model, x, t, eps), lambda x, t, r: (x + eps * r).clamp(0, 1))
-        rows.append((eps, *(accuracy_of(model, in_parts(a, images, target, random), target) for a in attacks)))
+        changed = (in_parts(lambda x, t: adversarial_example(model, x, t, eps, args.attack_steps), images, target),
+                   in_parts(lambda x, t: raw_step(model, x, t, eps), images, target),
+                   (images + eps * signs).clamp(0, 1))
+        rows.append((eps, *(accuracy_of(model, x, target) for x in changed)))
         print("{:9.4g} {:16.4f} {:10.4f} {:14.4f}".format(255 * eps, *rows[-1][1:]), flush=True)
     return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures of pictures
+# Figures
 
 
-def plot_samples(model, images, target, labels, names, args, name):
-    """One row for each picture: itself, its saliency, both, and its three most probable classes (printed too)."""
+def plot_samples(model, images, target, titles, names, args, file):
+    """One row for each picture: itself, its saliency, both, and its three most probable classes (printed too).
+
+    `titles` stand above the pictures, `names` are those of the classes, and `file` is what the figure is saved as.
+    """
     saliency = saliency_map(calculate_jacobian(model, images, target)[0]).cpu()              # (B, H, W)
-    best, classes = predict(model, images).topk(3, dim=1)                                    # (B, 3)
+    probability, number_of = predict(model, images).topk(3, dim=1)                           # (B, 3) each
     figure, axes = plt.subplots(len(images), 4, figsize=(10, 2.3 * len(images) + 0.4), squeeze=False,
                                 layout="constrained")
-    for row, x, s, p, c, label in zip(axes, images.cpu(), saliency, best.tolist(), classes.tolist(), labels):
-        print(f"{label}: " + ", ".join(f"{names[n]} {q:.3f}" for n, q in zip(c, p)))
+    for row, x, s, p, c, title in zip(axes, images.cpu(), saliency, probability.tolist(), number_of.tolist(), titles):
+        print(f"{title}: " + ", ".join(f"{names[n]} {p_n:.3f}" for n, p_n in zip(c, p)))
         x = x.permute(1, 2, 0)                                                               # (H, W, 3)
         row[0].imshow(x.numpy())
-        row[0].set_title(label.replace("$", r"\$"), fontsize=9)         # a $ would begin a formula
+        row[0].set_title(title, fontsize=9, parse_math=False)
         heat = row[1].imshow(s.numpy(), vmin=0, vmax=1, cmap="viridis")
         row[2].imshow(x.mean(dim=-1).numpy(), vmin=0, vmax=1, cmap="gray")                   # colours only for saliency
         row[2].imshow(s.numpy(), vmin=0, vmax=1, cmap="viridis", alpha=0.55)
@@ -428,17 +441,18 @@ def plot_samples(model, images, target, labels, names, args, name):
         row[3].barh(range(3), p, color="tab:blue")
         row[3].set_yticks(range(3), [names[n] for n in c], fontsize=8)
         row[3].invert_yaxis()
-        row[3].set(xlim=(0, 1.25), xticks=[0, 0.5, 1])
-        for i, q in enumerate(p):
-            row[3].text(q + 0.02, i, f"{q:.3f}", va="center", fontsize=8)
+        row[3].set_xlim(0, 1.25)
+        row[3].set_xticks([0, 0.5, 1], [0, 0.5, 1], fontsize=8)
+        for i, p_n in enumerate(p):
+            row[3].text(p_n + 0.02, i, f"{p_n:.3f}", va="center", fontsize=8)
     for axis, title in zip(axes[0, 1:], ("saliency", "both, picture in grey", "three most probable classes")):
         axis.set_title(title, fontsize=9)
     axes[-1, 3].set_xlabel("probability", fontsize=8)
-    figure.colorbar(heat, ax=axes[:, :3], label="saliency", shrink=0.6, location="left")
-    save_figure(figure, os.path.join(args.out_dir, f"{name}.png"), args.show)
+    figure.colorbar(heat, ax=axes, label="saliency", aspect=15 * len(images))
+    save_figure(figure, os.path.join(args.out_dir, f"{file}.png"), args.show)
 
 
-def plot_attack(model, images, target, names, args, name):
+def plot_attack(model, images, target, names, args, file):
     """One row for each picture: itself, then change and result of the sign steps, then those of the raw step."""
     results = [images, adversarial_example(model, images, target, args.eps, args.attack_steps),
                raw_step(model, images, target, args.eps)]
@@ -453,16 +467,16 @@ def plot_attack(model, images, target, names, args, name):
             row[column].set_title(f"{names[best]} {p[best]:.3f}\n{second}", fontsize=9,
                                   color="black" if best == n else "tab:red")
         if column:
+            # from [-eps, eps] to [0, 1], so that it can be seen: no change is 0.5, grey
             change = ((result - images) / max(2 * args.eps, 1e-9) + 0.5).clamp(0, 1).cpu()   # (B, 3, H, W)
             for row, x in zip(axes, change):
                 row[column - 1].imshow(x.permute(1, 2, 0).numpy())
-                row[column - 1].set_title(f"sign change, {args.attack_steps} step{'s' * (args.attack_steps > 1)}\n"
-                                          if column == 2 else "raw change\n", fontsize=9)
+                row[column - 1].set_title(f"change by {'sign' if column == 2 else 'raw'} step\n", fontsize=9)
     for axis in axes.flat:
         axis.set_axis_off()
-    figure.suptitle(f"eps = {255 * args.eps:.3g}/255; the changes are magnified: black -eps, grey none, white +eps, in "
-                    "each colour", fontsize=9)
-    save_figure(figure, os.path.join(args.out_dir, f"{name}.png"), args.show)
+    figure.suptitle(f"eps = {255 * args.eps:.3g}/255, sign steps: {args.attack_steps}; red: fooled; changes are "
+                    "magnified: black -eps, grey none, white +eps, in each colour", fontsize=9)
+    save_figure(figure, os.path.join(args.out_dir, f"{file}.png"), args.show)
 
 
 def plot_accuracy(rows, args):
@@ -472,93 +486,93 @@ def plot_accuracy(rows, args):
     for line, label, style in zip(lines, ("sign steps", "raw step", "random signs"), ("o-", "s--", "^:")):
         axis.plot([255 * e for e in eps], line, style, label=label)
     axis.axhline(1 / len(CLASSES), color="grey", linewidth=0.8, label="guessing")
-    axis.set(xlabel="largest change of a pixel, in 255ths", ylabel="accuracy", ylim=(0, 1.05))
+    axis.set(title="accuracy under attack", xlabel="eps * 255", ylabel="accuracy", ylim=(0, 1.05))
     axis.legend()
     save_figure(figure, os.path.join(args.out_dir, "saliency_accuracy.png"), args.show)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Command line, and the training loop
+# Command line
 
 
-def train(model, args):
-    """Train the small network on pictures that are drawn anew for each step."""
-    generator = torch.Generator().manual_seed(args.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.15,
-                                                    cycle_momentum=False)
-    report = progress(args.steps)
-    model.train()
-    for step in range(args.steps):
-        images, classes, _ = (t.to(args.device) for t in make_pictures(args.batch_size, generator))
-        logits = model(images)                                              # (B, 6)
-        loss = F.cross_entropy(logits, classes)
-        if not torch.isfinite(loss):
-            fail(f"the loss is {loss.item()} at step {step}: try a lower --lr")
-        if step == 0:
-            print(f"before the first step: loss {loss.item():.4f} (knowing nothing: ln 6 = {math.log(6):.4f})",
-                  flush=True)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        report(step + 1, loss=loss.item(), accuracy=(logits.argmax(dim=1) == classes).float().mean().item())
-    if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
-        fail("the last step made the weights infinite: try a lower --lr")
+def photographs(args):
+    """Look at photographs, and attack them, with a ResNet-18 that was trained on ImageNet."""
+    if args.image:                                  # read first: a wrong file is found before anything is fetched
+        images = torch.stack([read_picture(path) for path in args.image])                    # (B, 3, 224, 224)
+    model = resnet18()
+    fill(model, imagenet_weights() if args.weights == "imagenet" else load(args.weights), args.weights)
+    model.to(args.device).eval()
+    names = imagenet_names(fetch=args.weights == "imagenet")
+    if args.image:                                  # nobody says what is on them: the target is what the network sees
+        images = images.to(args.device)
+        target, known = predict(model, images).argmax(dim=1), {}                             # (B,)
+        titles, look, attack = [os.path.basename(path) for path in args.image], slice(None), slice(None)
+    else:
+        for file, _, sha256 in PHOTOGRAPHS:
+            download(PHOTOGRAPHS_URL + file, os.path.join("data", file), sha256)
+        images = torch.stack([read_picture(os.path.join("data", file)) for file, _, _ in PHOTOGRAPHS]).to(args.device)
+        target = torch.tensor([n for _, n, _ in PHOTOGRAPHS], device=args.device)            # (7,)
+        known = {"accuracy": accuracy_of(model, images, target)}
+        titles, look, attack = [names[n] for n in target.tolist()], slice(4), slice(4, 7)
+    plot_samples(model, images[look], target[look], titles[look], names, args, "saliency_photographs")
+    plot_attack(model, images[attack], target[attack], names, args, "saliency_photographs_adversarial")
+    attacked = adversarial_example(model, images, target, args.eps, args.attack_steps)
+    print_result(args, **known, accuracy_attacked=accuracy_of(model, attacked, target),
+                 params=sum(p.numel() for p in model.parameters()))
 
 
 def main(argv=None):
     """Train the small network or load one, see where it looks, and fool it; or do so with photographs."""
     parser = make_parser(__doc__)
-    parser.add_argument("--eps", type=number(float, 0, 1), default=8 / 255, help="largest change of a number in [0, 1]")
+    parser.add_argument("--eps", type=number(float, 0, 1), default=8 / 255, help="largest change of a pixel's "
+                        "numbers, which are in [0, 1]; the default is 8/255")
     parser.add_argument("--attack_steps", type=number(int, 1, 1000), default=1, help="sign steps of the attack")
     parser.add_argument("--steps", type=number(int, 1, 10 ** 6), default=600, help="training steps")
     parser.add_argument("--batch_size", type=number(int, 2, 10 ** 4), default=64, help="pictures in each step")
     parser.add_argument("--lr", type=number(float, 0, 1e30), default=0.02, help="highest learning rate")
-    parser.add_argument("--load", metavar="FILE", help="weights that an earlier run has saved, instead of training")
-    parser.add_argument("--weights", metavar="imagenet|FILE", help="photographs with a ResNet-18 and these weights")
-    parser.add_argument("--image", nargs="+", metavar="FILE", help="with --weights: the photographs, 16 at most")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--load", metavar="FILE", help="do not train: small network, with weights of an earlier run")
+    either.add_argument("--weights", metavar="imagenet|FILE", help="do not train: ResNet-18, with these weights, on "
+                        "photographs")
+    parser.add_argument("--image", nargs="+", metavar="FILE", help="with --weights: your photographs")
     args = start(parser, argv)
-    if args.image and not args.weights:
+    if args.image and args.weights is None:
         fail("argument --image: needs --weights, the small network knows no photographs")
-    if args.image and len(args.image) > 16:
-        fail(f"argument --image: takes at most 16 files, not {len(args.image)}")
-    if args.load and args.weights:
-        fail("argument --load: is for the small network, not together with --weights")
-    if args.weights:
+    if args.weights is not None:
         return photographs(args)
 
     model = small_resnet().to(args.device, memory_format=torch.channels_last)        # a fifth faster on a CPU
     params = sum(p.numel() for p in model.parameters())
     # A seed that the training does not have (torch's generator takes 32 bits of it, so the change must be in these).
     fresh = make_pictures(N_FRESH, torch.Generator().manual_seed(args.seed ^ 2 ** 31))
-    images, classes, masks = (t.to(args.device) for t in fresh)             # (N, 3, 32, 32), (N,), (N, 32, 32)
-    untrained, _ = pointing_of(model, *(t[:N_ATTACKED] for t in (images, classes, masks)))
-    if args.load:
+    images, target, masks = (t.to(args.device) for t in fresh)              # (B, 3, 32, 32), (B,), (B, 32, 32)
+    # Before any training: how often do mere edges point at the shape? (Adebayo et al. 2018)
+    untrained, _ = pointing_of(model, images[:N_ATTACKED], target[:N_ATTACKED], masks[:N_ATTACKED])
+    if args.load is not None:
         fill(model, load(args.load), args.load)
     else:
-        print(f"{params} parameters, pictures of", ", ".join(CLASSES))
+        print(f"{params:,} parameters, pictures of", ", ".join(CLASSES))
         train(model, args)
         path = os.path.join(args.out_dir, "saliency.pt")
-        save(path, lambda temporary: torch.save(model.state_dict(), temporary))
+        save_weights(path, **model.state_dict())
         print("saved:", path)
-    accuracy = accuracy_of(model, images, classes)
-    pointing, chance = pointing_of(model, images, classes, masks)
+    accuracy = accuracy_of(model, images, target)
+    pointing, chance = pointing_of(model, images, target, masks)
     print(f"{len(images):,} fresh pictures: accuracy {accuracy:.4f}\nmost salient pixel on the shape or within two "
           f"pixels: {pointing:.4f} (untrained {untrained:.4f}, by chance {chance:.4f})")
-    rows = attack_table(model, images[:N_ATTACKED], classes[:N_ATTACKED], args)
+    rows = attack_table(model, images[:N_ATTACKED], target[:N_ATTACKED], args)
     plot_accuracy(rows, args)
 
-    first = [classes.tolist().index(c) for c in classes.unique().tolist()[:4]]              # four different shapes
-    labels = [CLASSES[c] for c in classes.tolist()]
-    plot_samples(model, images[first], classes[first], [labels[i] for i in first], CLASSES, args, "saliency_samples")
-    few, truth = images[:100], classes[:100]
-    attacked = adversarial_example(model, few, truth, args.eps, args.attack_steps)
-    fooled = (predict(model, few).argmax(1) == truth) & (predict(model, attacked).argmax(1) != truth)       # (100,)
+    first = [target.tolist().index(c) for c in target.unique().tolist()[:4]]                # four different shapes
+    titles = [CLASSES[c] for c in target[first].tolist()]
+    plot_samples(model, images[first], target[first], titles, CLASSES, args, "saliency_samples")
+    images, target = images[:100], target[:100]
+    attacked = adversarial_example(model, images, target, args.eps, args.attack_steps)
+    fooled = (predict(model, images).argmax(dim=1) == target) & (predict(model, attacked).argmax(dim=1) != target)
     chosen = fooled.int().argsort(descending=True, stable=True)[:3].tolist()                # the first three it fools
-    plot_attack(model, few[chosen], truth[chosen], CLASSES, args, "saliency_adversarial")
-    attacked = dict(row[:2] for row in rows)[args.eps]
-    print_result(args, accuracy=accuracy, pointing=pointing, accuracy_attacked=attacked, params=params)
+    plot_attack(model, images[chosen], target[chosen], CLASSES, args, "saliency_adversarial")
+    accuracy_attacked = next(sign for eps, sign, _, _ in rows if eps == args.eps)
+    print_result(args, accuracy=accuracy, pointing=pointing, accuracy_attacked=accuracy_attacked, params=params)
 
 
 if __name__ == "__main__":

@@ -26,20 +26,22 @@ a toy language that needs no download.
                      ^                                               ^
        source: German, EOS (B, S)                  target: BOS, English so far (B, T)
 
-"+ x": what a part computes is added to what came into it (the residual connection). Attention to the target is masked,
-so that no token sees what comes after it: all T tokens of a known translation are learned from at once. Attention knows
-no order, so each place has a learned vector, which is added to that of its token. Source, target and output share one
-embedding, because both languages share their tokens: a name or a number is the same token in both.
+B sentences at once, with S tokens in the source and T in the target; BOS is a token that begins a translation, EOS one
+that ends a sentence; logits are scores, one for each token that could come next. "+ x": what a part computes is added
+to what came into it (the residual connection); in the code this line ends the class that stands below it. Attention to
+the target is masked, so that no token sees what comes after it: all T tokens of a known translation are learned from at
+once. Attention knows no order, so each place has a learned vector, which is added to that of its token. Source, target
+and output share one embedding, because both languages share their tokens: a name or a number is the same in both.
 
     python translate.py                                        train on the toy language, in a minute
     python translate.py --test --line=7 --plot                 translate line 7 of it and draw the cross-attention
     python translate.py --text "Ein Hund läuft durch den Schnee."      any text, with weights trained on Multi30k
-    python translate.py --data multi30k --bfloat16             train on Multi30k, in about an hour and a half
-    python translate.py --data multi30k --test                 BLEU on its test set
-    torchrun --nproc_per_node 4 translate.py --data multi30k   train on four GPUs (or four processes on CPUs)
+    python translate.py --data multi30k                        train on Multi30k, in about two hours
+    python translate.py --data multi30k --test                 BLEU, the usual measure, on its test set
+    torchrun --nproc_per_node 4 translate.py --data multi30k   train on four GPUs: four copies share every batch
 
 You will see the loss start near ln(vocabulary), and a sample translation grow from babble to English. The weights of
-both trainings are in assets/, so the other commands work at once; weights that you train go to out/ and are used first.
+both trainings are in assets/, so all else works without training; weights that you train go to out/ and go first.
 
 Vaswani et al. 2017, "Attention Is All You Need" (https://arxiv.org/abs/1706.03762).
 """
@@ -54,15 +56,14 @@ import os
 import random
 import re
 import sys
-import time
 import zlib
 
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 
-from attention import attention, download, fail, load, make_parser, number, plot_attention, print_result, progress, \
-    run, save, start
+from attention import attention, check_finite, download, fail, load, make_parser, number, plot_attention, \
+    print_first_loss, print_result, progress, run, save_weights, start
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The Transformer. B sentences, S source tokens and T target tokens in each, H heads, d_k = d_model / H.
@@ -70,27 +71,11 @@ from attention import attention, download, fail, load, make_parser, number, plot
 PAD, BOS, EOS = 0, 1, 2     # token numbers: fills short sentences up, begins a translation, ends a sentence
 
 
-class Dropout(nn.Dropout):
-    """Sets a share p of the features to zero while training and scales the rest up, as `nn.Dropout` does.
-
-    On a CPU the random numbers for that take a good part of the time. One byte is enough to decide (p is rounded to a
-    multiple of 1/256), so here each random number of eight bytes serves eight features.
-    """
-
-    def forward(self, x):
-        if not self.training or self.p == 0 or x.device.type != "cpu":
-            return super().forward(x)
-        dropped = round(256 * self.p)                                    # of the 256 values of a byte
-        numbers = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2 ** 63, None)
-        kept = numbers.view(torch.uint8)[:x.numel()].view(x.shape) >= dropped             # the shape of x
-        return x * kept.to(x.dtype).mul_(256 / (256 - dropped))
-
-
 class MultiHeadAttention(nn.Module):
-    """All heads at once, then the residual connection and the LayerNorm (section 3.2.2). x (B, T, d_model) -> the same.
+    """All heads at once, then the residual connection and the LayerNorm (section 3.2.2). (B, T, d_model) -> same shape.
 
-    Also returns the weights (B, H, T, S), or None without `need_weights`. Keys and values are made separately, because
-    while a sentence is produced token by token they are made once and kept.
+    Also returns the weights (B, H, T, S), or None without `need_weights`. Keys and values come from `keys_and_values`
+    and are passed in: while a sentence is produced token by token (see `beam_search`), they are made once and kept.
     """
 
     def __init__(self, d_model, n_heads, dropout):
@@ -101,35 +86,32 @@ class MultiHeadAttention(nn.Module):
         self.w_q = nn.Linear(d_model, d_model)
         self.w_kv = nn.Linear(d_model, 2 * d_model)
         self.w_o = nn.Linear(d_model, d_model)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(d_model)
 
     def split(self, x):
         """(B, T, d_model) -> (B, H, T, d_k): head h gets the h-th stretch of the features."""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)       # (B, H, T, d_k)
 
-    def keys_and_values(self, source):
-        """What can be attended to in source (B, S, d_model): keys and values, (B, H, S, d_k) each."""
-        keys, values = self.w_kv(source).chunk(2, dim=-1)                # (B, S, d_model) each
-        return self.split(keys), self.split(values)
+    def keys_and_values(self, seen):
+        """The keys and the values, (B, H, S, d_k) each, of the tokens that can be attended to, seen (B, S, d_model)."""
+        key, value = self.w_kv(seen).chunk(2, dim=-1)                    # (B, S, d_model) each
+        return self.split(key), self.split(value)
 
-    def forward(self, x, keys, values, mask=None, need_weights=True):
+    def forward(self, x, key, value, mask=None, need_weights=True):
         query = self.split(self.w_q(x))                                  # (B, H, T, d_k)
-        with torch.autocast("cpu", enabled=False):  # there the fused kernel's way back is slow in bfloat16
-            if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-                query, keys, values = query.float(), keys.float(), values.float()
-            output, weights = attention(query, keys, values, mask, need_weights=need_weights)  # (B, H, T, d_k)
+        output, weights = attention(query, key, value, mask, need_weights=need_weights)       # (B, H, T, d_k)
         output = self.w_o(output.transpose(1, 2).flatten(2))             # (B, T, d_model)
         return self.norm(x + self.dropout(output)), weights
 
 
 class FeedForward(nn.Module):
-    """One hidden layer, twice as wide, on each token alone; residual and LayerNorm after it. Keeps (B, T, d_model)."""
+    """One hidden layer, twice as wide, on each token alone; residual, LayerNorm. (B, T, d_model) -> same shape."""
 
     def __init__(self, d_model, dropout):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(d_model, 2 * d_model), nn.ReLU(), nn.Linear(2 * d_model, d_model),
-                                    Dropout(dropout))
+                                    nn.Dropout(dropout))
         self.norm = nn.LayerNorm(d_model)
 
     def forward(self, x):
@@ -137,7 +119,7 @@ class FeedForward(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Every source token looks at all source tokens, then works on what it saw. Keeps (B, S, d_model)."""
+    """Every source token looks at all source tokens, then works on what it saw. (B, S, d_model) -> same shape."""
 
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
@@ -145,12 +127,13 @@ class EncoderBlock(nn.Module):
         self.feed_forward = FeedForward(d_model, dropout)
 
     def forward(self, x, mask):
-        x, _ = self.self_attention(x, *self.self_attention.keys_and_values(x), mask, need_weights=False)
+        key, value = self.self_attention.keys_and_values(x)              # (B, H, S, d_k) each
+        x, _ = self.self_attention(x, key, value, mask, need_weights=False)               # (B, S, d_model)
         return self.feed_forward(x)                                      # (B, S, d_model)
 
 
 class DecoderBlock(nn.Module):
-    """Every target token looks at the target tokens up to itself, then at the source. Keeps (B, T, d_model)."""
+    """Every target token looks at the target up to itself, then at the source. (B, T, d_model) -> same shape."""
 
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
@@ -158,19 +141,20 @@ class DecoderBlock(nn.Module):
         self.cross_attention = MultiHeadAttention(d_model, n_heads, dropout)
         self.feed_forward = FeedForward(d_model, dropout)
 
-    def forward(self, x, tgt_mask, src_keys, src_values, src_mask, past=None, need_weights=True):
-        """`past`: keys and values of the tokens before x, to which those of x are added; returned with the output."""
-        now = self.self_attention.keys_and_values(x)                     # (B, H, T, d_k) each
-        past = now if past is None else [torch.cat(both, dim=2) for both in zip(past, now)]
-        x, _ = self.self_attention(x, *past, tgt_mask, need_weights=False)                # (B, T, d_model)
-        x, weights = self.cross_attention(x, src_keys, src_values, src_mask, need_weights)
-        return self.feed_forward(x), weights, past                       # (B, T, d_model), (B, H, T, S)
+    def forward(self, x, tgt_mask, src_key, src_value, src_mask, past=None, need_weights=True):
+        """`past`: keys and values of the tokens before x, or None; with those of x added, they are returned as well."""
+        kept = self.self_attention.keys_and_values(x)                    # (B, H, T, d_k) each
+        if past is not None:
+            kept = [torch.cat(both, dim=2) for both in zip(past, kept)]  # (B, H, n_past + T, d_k) each
+        x, _ = self.self_attention(x, *kept, tgt_mask, need_weights=False)                # (B, T, d_model)
+        x, weights = self.cross_attention(x, src_key, src_value, src_mask, need_weights)
+        return self.feed_forward(x), weights, kept                       # (B, T, d_model), (B, H, T, S)
 
 
 class TransformerModel(nn.Module):
     """Source (B, S) and target (B, T) token numbers -> logits (B, T, vocab_size) of the token after each target token.
 
-    Also returns the weights (B, n_heads, T, S) of the last block's cross-attention, or None without `need_weights`.
+    Also returns the weights (B, H, T, S) of the last block's cross-attention, or None without `need_weights`.
     """
 
     def __init__(self, vocab_size, max_len, d_model, n_heads, n_enc_layers, n_dec_layers, dropout=0.1):
@@ -178,47 +162,46 @@ class TransformerModel(nn.Module):
         self.max_len = max_len
         self.token_embedding = nn.Embedding(vocab_size, d_model)         # shared: source, target, output (section 3.4)
         self.position_embedding = nn.Embedding(max_len, d_model)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(EncoderBlock(d_model, n_heads, dropout) for _ in range(n_enc_layers))
         self.decoder = nn.ModuleList(DecoderBlock(d_model, n_heads, dropout) for _ in range(n_dec_layers))
         for p in self.parameters():
             if p.ndim == 2:
                 nn.init.xavier_uniform_(p)
-        # As output layer the embedding meets features of size 1 after a LayerNorm: this spread makes logits of size 1.
+        # As output layer the embedding meets d_model features of size 1 each: with this spread logits have size 1 too.
         nn.init.normal_(self.token_embedding.weight, std=d_model ** -0.5)
         nn.init.normal_(self.position_embedding.weight, std=0.5)
 
-    def embed(self, tokens, first=0):
-        """What the tokens are plus where they stand, the first one at position `first`."""
-        positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)    # (T,)
+    def embed(self, tokens, start=0):
+        """What the tokens (B, T) are plus where they stand, the first one at position `start`: (B, T, d_model)."""
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)    # (T,)
         x = self.token_embedding(tokens) * math.sqrt(self.token_embedding.embedding_dim)  # (B, T, d_model)
         return self.dropout(x + self.position_embedding(positions))      # (B, T, d_model)
 
     def encode(self, src):
-        """Each decoder block's keys and values of the source, (B, H, S, d_k) each, and the mask of its padding."""
+        """What the decoder needs of the source: for each of its blocks keys and values, and the mask of the padding.
+
+        That is not `memory` of the figure, but what each block's cross-attention makes of it, once for each sentence.
+        """
         src_mask = (src != PAD)[:, None, None, :]                        # (B, 1, 1, S)
-        x = self.embed(src)                                              # (B, S, d_model)
+        memory = self.embed(src)                                         # (B, S, d_model)
         for block in self.encoder:
-            x = block(x, src_mask)                                       # (B, S, d_model)
-        return [block.cross_attention.keys_and_values(x) for block in self.decoder], src_mask
+            memory = block(memory, src_mask)                             # (B, S, d_model)
+        return [block.cross_attention.keys_and_values(memory) for block in self.decoder], src_mask
 
     def decode(self, tgt, encoded, past=None, need_weights=True):
         """Logits, weights and the keys and values of all target tokens so far, which make the next call's `past`.
 
         With `past`, `tgt` holds only the tokens that follow: one at a time costs as much as one token, not T.
         """
-        memory, src_mask = encoded
-        past = past or [None] * len(self.decoder)
-        n_past = 0 if past[0] is None else past[0][0].shape[2]
-        T = n_past + tgt.shape[1]
-        may_see = torch.ones(T, T, dtype=torch.bool, device=tgt.device).tril()[n_past:]   # (T, T) no future
-        if n_past == 0:
-            may_see = may_see & (tgt != PAD)[:, None, None, :]           # (B, 1, T, T)
-        x = self.embed(tgt, n_past)                                      # (B, T, d_model)
-        kept = []
-        for n, (block, (keys, values)) in enumerate(zip(self.decoder, memory)):
-            x, weights, now = block(x, may_see, keys, values, src_mask, past[n],
-                                    need_weights and n == len(self.decoder) - 1)
+        src_keys_and_values, src_mask = encoded
+        n_past = past[0][0].shape[2] if past else 0
+        n_all = n_past + tgt.shape[1]
+        # No token sees a later one. That hides the padding from all tokens too, since it comes after them.
+        tgt_mask = torch.ones(n_all, n_all, dtype=torch.bool, device=tgt.device).tril()[n_past:]  # (T, n_past + T)
+        x, kept = self.embed(tgt, n_past), []                            # (B, T, d_model)
+        for block, (key, value), before in zip(self.decoder, src_keys_and_values, past or [None] * len(self.decoder)):
+            x, weights, now = block(x, tgt_mask, key, value, src_mask, before, need_weights)
             kept.append(now)
         return F.linear(x, self.token_embedding.weight), weights, kept   # (B, T, vocab_size), (B, H, T, S)
 
@@ -241,10 +224,11 @@ class TransformerModel(nn.Module):
 # ways is left out: "sie" as object or plural, "er" and "sie" for things, "groß" of people (big or tall?), an object in
 # front that looks like a subject. So are nouns such as Junge, which change as objects (den Jungen).
 
-N_TOY_LINES = 209_773  # as many as the exercise's corpus of real sentences; the number is a costume
+N_TOY_LINES = 209_773  # any number would do; this one is the size of a well-known corpus of real sentence pairs
 
 # Kinds keep the sentences sensible: p person, c child, a animal, f food, d drink, b book, l letter, t thing.
-NOUNS = {kind: [(*word.split(), kind) for word in words.split(", ")] for kind, words in {  # German, gender, English
+Noun = collections.namedtuple("Noun", "german gender english kind")
+NOUNS = {kind: [Noun(*word.split(), kind) for word in words.split(", ")] for kind, words in {
     "p": "Frau f woman, Ärztin f doctor, Mann m man, Königin f queen, Lehrer m teacher, Sängerin f singer, "
          "Ingenieur m engineer, König m king, Bäcker m baker, Künstlerin f artist",
     "a": "Katze f cat, Vogel m bird, Maus f mouse, Hund m dog, Pferd n horse, Esel m donkey, Schaf n sheep, "
@@ -268,8 +252,9 @@ AUXILIARIES = {"haben": ("habe", "hast", "hat", "haben"), "sein": ("bin", "bist"
 MODALS = [(("will", "willst", "will", "wollen"), "want to", "wants to"),
           (("kann", "kannst", "kann", "können"), "can", "can"),
           (("muss", "musst", "muss", "müssen"), "have to", "has to")]
-# What a verb must be fit for ("" is any verb), its form, an adverb and its English. Only states such as seeing are fit
-# for heute in the present: of others English says "is ...ing" today.
+# Each frame: the word that a verb must have in its last column ("": any verb will do), the form that the verb takes, a
+# German adverb and its English. Only states such as seeing go with heute in the present: of the others English says "is
+# ...ing" today.
 FRAMES = [
     ("", "perfect", "", ""), ("adverbs", "perfect", "gestern", "yesterday"),
     ("adverbs", "future", "morgen", "tomorrow"), ("modals", "modal", "", ""), ("modals", "modal", "heute", "today"),
@@ -277,11 +262,10 @@ FRAMES = [
     ("adverbs", "habit", "manchmal", "sometimes"), ("adverbs", "habit", "selten", "rarely"),
     *[("", "present", "", "")] * 3]  # three times, for it is the most common
 # Infinitive, forms for du and for er, auxiliary, participle; English and its past; kinds of subject and of object; and
-# what the verb is fit for: some of the frames, and "again", being done often to the same object (one reads *the* letter
-# often, but eats *the* apple only once).
-VERBS = [(german.split(), english.split(), [noun for kind in subjects.strip() for noun in NOUNS[kind]],
-          [noun for kind in objects.strip() for noun in NOUNS[kind]], [frame for frame in FRAMES if frame[0] in uses],
-          "again" in uses) for german, english, subjects, objects, uses in (line.split("|") for line in """\
+# what the verb is fit for: some of the frames, and "again", which can be done to one object many times (one often reads
+# *the* letter, but eats *the* apple once).
+VERBS = []
+for line in """\
 kennen     kennst      kennt     haben gekannt     | know   knew     | pca | pca     |
 sehen      siehst      sieht     haben gesehen     | see    saw      | pca | pcat    | modals adverbs heute again
 hören      hörst       hört      haben gehört      | hear   heard    | pca | pca     | adverbs heute again
@@ -300,7 +284,10 @@ schlafen   schläfst    schläft   haben geschlafen  | sleep  slept    | pca |  
 arbeiten   arbeitest   arbeitet  haben gearbeitet  | work   worked   | p   |         | modals adverbs
 kommen     kommst      kommt     sein  gekommen    | come   came     | pca |         | modals adverbs
 schwimmen  schwimmst   schwimmt  sein  geschwommen | swim   swam     | pca |         | modals adverbs
-""".splitlines())]
+""".splitlines():
+    german, english, *kinds, uses = [column.split() for column in line.split("|")]
+    subjects, objects = ([noun for kind in "".join(column) for noun in NOUNS[kind]] for column in kinds)
+    VERBS.append((german, english, subjects, objects, [frame for frame in FRAMES if frame[0] in ("", *uses)], uses))
 
 
 def toy_pair(n):
@@ -311,46 +298,47 @@ def toy_pair(n):
     draw = random.Random(n).random
 
     def pick(options):
-        """One of the options."""
+        """A random one of the options."""
         return options[int(draw() * len(options))]
 
     def noun_phrase(noun, is_object, definite):
         """Article, perhaps an adjective, and noun, in German and in English."""
-        german, gender, english, kind = noun
-        article, ending = ARTICLES[gender][2 * is_object + definite]
+        german, english = noun.german, noun.english
+        article, ending = ARTICLES[noun.gender][2 * is_object + definite]
         if draw() < 0.4:
-            adjective, meaning = pick(ADJECTIVES[kind])
+            adjective, meaning = pick(ADJECTIVES[noun.kind])
             german, english = f"{adjective}{ending} {german}", f"{meaning} {english}"
         a = "an" if english.startswith(("a", "e", "i", "o", "um", "hon")) else "a"  # an umbrella, a useful bag
         return f"{article} {german}", f"{'the' if definite else a} {english}"
 
-    (infinitive, du, er, auxiliary, participle), (base, past), subjects, objects, frames, again = pick(VERBS)
+    (infinitive, du, er, auxiliary, participle), (base, past_tense), subjects, objects, frames, uses = pick(VERBS)
     _, form, adverb, english_adverb = pick(frames)
-    noun, definite, person = pick(subjects), draw() < 0.6, 2
-    if noun[3] == "p" and draw() < 0.4:
+    noun, definite = pick(subjects), draw() < 0.6
+    person = 2                                  # where the verb's form stands in the tables: that of er, sie and nouns
+    if noun.kind == "p" and draw() < 0.4:
         (subject, english_subject, person), definite = pick(PRONOUNS), True
     else:
         subject, english_subject = noun_phrase(noun, False, definite)
     object_, english_object, fronts = "", "", ["subject"] + ["adverb"] * bool(adverb)
     if objects:
         thing = pick([other for other in objects if other != noun])
-        definite_thing = draw() < 0.6 and (form != "habit" or again)
+        definite_thing = draw() < 0.6 and (form != "habit" or "again" in uses)
         object_, english_object = noun_phrase(thing, True, definite_thing)
-        if thing[1] == "m" and (definite or definite_thing):  # "Einen Hund sieht ein Mann." would sound odd
+        if thing.gender == "m" and (definite or definite_thing):  # "Einen Hund sieht ein Mann." would sound odd
             fronts.insert(0, "object")
 
     if form == "modal":
         forms, want, wants = pick(MODALS)
         finite, last, english_verb = forms[person], infinitive, f"{wants if person == 2 else want} {base}"
     elif form == "perfect":
-        finite, last, english_verb = AUXILIARIES[auxiliary][person], participle, past
+        finite, last, english_verb = AUXILIARIES[auxiliary][person], participle, past_tense
     else:
         finite, last = (infinitive[:-1], du, er, infinitive)[person], ""
         english_verb = f"will {base}" if form == "future" else base + "s" * (person == 2)
     if form == "habit":  # often goes before the verb; other adverbs go first if the German ones do, else last
         english_verb, english_adverb = f"{english_adverb} {english_verb}", ""
 
-    parts, first = {"subject": subject, "adverb": adverb, "object": object_}, pick(fronts)
+    parts, first = {"subject": subject, "adverb": adverb, "object": object_}, pick(fronts)    # in this order
     if first == "object" and not definite:  # "Den Hund sieht oft ein Mann.": what is new comes after the adverb
         parts = {"adverb": adverb, **parts}
     german = [parts.pop(first), finite, *parts.values(), last]
@@ -365,7 +353,7 @@ def toy_part(german):
 
     It is the sentence that decides, since several lines may say the same: none that is tested occurs in training.
     """
-    return {7: "test", 39: "val"}.get(zlib.crc32(german.encode()) % 64, "train")
+    return {7: "test", 39: "val"}.get(zlib.crc32(german.encode()) % 64, "train")      # with 7, line 7 is in "test"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -412,9 +400,12 @@ def file_pairs(path):
 
 
 def load_pairs(data, part):
-    """The (German, English) pairs of a part, "train", "val" or "test": no German sentence of one is in another."""
+    """The (German, English) pairs of a part, "train", "val" or "test", of the toy language, Multi30k or a file.
+
+    In the toy language and in a file no German sentence is in two parts.
+    """
     if data == "multi30k":
-        return multi30k_pairs(part)                                      # its parts are its authors'
+        return multi30k_pairs(part)                                      # its authors made the parts
     if data == "toy":
         pairs = (pair for pair in map(toy_pair, range(1, N_TOY_LINES + 1)) if toy_part(pair[0]) == part)
         n_lines = {"train": None, "val": 500, "test": 2000}[part]        # None: all
@@ -430,11 +421,11 @@ def load_pairs(data, part):
 
 def line_pair(data, n):
     """The (German, English) pair in line n, from 1, of the toy language, the test set of Multi30k, or a file."""
-    pairs = {"toy": range(1, N_TOY_LINES + 1)}.get(data) or (
-        multi30k_pairs("test") if data == "multi30k" else file_pairs(data))
-    if not 1 <= n <= len(pairs):
-        fail(f"argument --line: takes a line from 1 to {len(pairs)} of {data}, not {n}")
-    return toy_pair(n) if data == "toy" else pairs[n - 1]
+    pairs = [] if data == "toy" else multi30k_pairs("test") if data == "multi30k" else file_pairs(data)
+    n_lines = len(pairs) or N_TOY_LINES
+    if not 1 <= n <= n_lines:
+        fail(f"argument --line: takes a line from 1 to {n_lines} of {data}, not {n}")
+    return pairs[n - 1] if pairs else toy_pair(n)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -459,7 +450,7 @@ class Tokenizer:
         self.known = {}                                                  # words that were encoded before
 
     def encode(self, text):
-        """A list of token numbers."""
+        """Text -> a list of token numbers."""
         tokens = []
         for word in WORD.findall(text):
             tokens += self.known.get(word) or self.encode_word(word)
@@ -518,8 +509,8 @@ def learn_merges(texts, n_merges):
     heapq.heapify(heap)
     merges = []
     while heap and len(merges) < n_merges:
-        n, pair = heapq.heappop(heap)
-        if counts[pair] != -n or n > -2:        # an entry that is out of date, or a pair that occurs only once
+        minus_n, pair = heapq.heappop(heap)     # the smallest: that is why the counts are negative
+        if counts[pair] != -minus_n or minus_n > -2:    # an entry that is out of date, or a pair that occurs once
             continue
         token, changed = FIRST_BYTE + 256 + len(merges), set()
         merges.append(pair)
@@ -529,11 +520,10 @@ def learn_merges(texts, n_merges):
             words[i] = new, n
             for p in zip(old, old[1:]):
                 counts[p] -= n
-                changed.add(p)
             for p in zip(new, new[1:]):
                 counts[p] += n
-                changed.add(p)
                 where[p].add(i)
+            changed.update(zip(old, old[1:]), zip(new, new[1:]))
         for p in changed:
             heapq.heappush(heap, (-counts[p], p))
     return merges
@@ -544,8 +534,9 @@ def learn_merges(texts, n_merges):
 
 
 def make_batches(examples, batch_tokens, seed):
-    """Endless lists of row numbers: sentences of similar lengths, together `batch_tokens` tokens with their padding.
+    """Endless lists of row numbers: sentences of similar lengths, together about `batch_tokens` tokens with padding.
 
+    An example is two lists of tokens: the source with EOS at its end, and the target between BOS and EOS.
     Rows are sorted by length, so hardly any padding is needed, with some noise, so that no two epochs have the same
     batches. All follows from the seed: a run that was interrupted finds its place again by skipping what it had done.
     """
@@ -577,14 +568,11 @@ def predict(model, examples, device):
     return logits.float().flatten(0, 1), tgt[:, 1:].flatten()            # (B * T, vocab_size), (B * T,)
 
 
-SMOOTHING = 0.1
-
-
 def loss_sum(logits, wanted, smoothing=0.0):
-    """Cross-entropy (nats) summed over the tokens wanted that are not padding.
+    """Cross-entropy summed over the tokens wanted that are not padding.
 
-    With label smoothing the right token shall have probability 1 - smoothing, and all tokens share the rest, which
-    keeps a model from overconfidence (section 5.4); a loss that is reported has none.
+    With label smoothing the right token shall have probability 1 - smoothing, and all tokens share the rest: that keeps
+    a model from being too sure of itself (section 5.4). It learns with 0.1; a loss that is reported has none.
     """
     return F.cross_entropy(logits, wanted, ignore_index=PAD, reduction="sum", label_smoothing=smoothing)
 
@@ -593,19 +581,22 @@ def loss_sum(logits, wanted, smoothing=0.0):
 def validation_losses(model, examples, device):
     """The mean loss of the target tokens of all examples: plain, to report, and smoothed, to choose by.
 
-    A model that learns with smoothing learns to say 0.9 when it is sure, so when perfect its plain loss is
-    -ln 0.9 = 0.105; one that is not done learning may well have less.
+    A perfect model has learned to say 0.9 when it is sure, so its plain loss is -ln 0.9 = 0.105. One that is surer than
+    that has a lower plain loss, though it is worse by what was asked of it.
     """
     examples = sorted(examples, key=lambda example: len(example[1]))     # similar lengths, little padding
     total = torch.zeros(2)
     for i in range(0, len(examples), 64):
         predicted = predict(model, examples[i:i + 64], device)
-        total += torch.stack([loss_sum(*predicted), loss_sum(*predicted, SMOOTHING)]).cpu()          # (2,)
+        total += torch.stack([loss_sum(*predicted), loss_sum(*predicted, smoothing=0.1)]).cpu()      # (2,)
     return (total / sum(len(tgt) - 1 for _, tgt in examples)).tolist()
 
 
 def learning_rate(step, steps, highest):
-    """Rises in a straight line for a tenth of the steps, at most 1,000, then falls along a cosine to zero."""
+    """Rises in a straight line for a tenth of the steps, at most 1,000, then falls along a cosine to zero.
+
+    It begins small because Adam's first averages rest on too few gradients to be trusted.
+    """
     rising = max(1, min(steps // 10, 1000))
     if step < rising:
         return highest * (step + 1) / rising
@@ -636,21 +627,23 @@ def translate(model, tokenizer, sentences, beam=1, report=None):
 def beam_search(model, src, beam, length_penalty=1.0):
     """The best translation found of each sentence of src (B, S): tokens (B, T) up to EOS, then PAD.
 
-    For each sentence the `beam` best beginnings are kept (1: greedy), and each step tries every token after each. They
-    are ranked by log probability / length ** length_penalty, since a plain sum of logarithms would favour the short. A
-    beginning that has ended stays in the race as it is. Keys and values are kept too, so a step costs one token.
+    For each sentence the `beam` best beginnings are kept, and each step tries every token after each of them; with 1 it
+    always takes the most probable token (greedy). Beginnings are ranked by log probability / length ** length_penalty,
+    since a plain sum of logarithms would favour the short. One that has ended stays in the race as it is. Keys and
+    values are kept too, so a step costs one token.
     """
     B, K = len(src), beam
-    memory, src_mask = model.encode(src)
-    encoded = [[t.repeat_interleave(K, dim=0) for t in both] for both in memory], src_mask.repeat_interleave(K, dim=0)
+    keys_and_values, src_mask = model.encode(src)
+    encoded = ([[t.repeat_interleave(K, dim=0) for t in both] for both in keys_and_values],  # (B * K, H, S, d_k)
+               src_mask.repeat_interleave(K, dim=0))                     # (B * K, 1, 1, S)
     tokens, past = torch.full((B * K, 1), BOS, device=src.device), None                # (B * K, 1)
-    total = torch.tensor([0.0] + [-math.inf] * (K - 1), device=src.device).repeat(B, 1)  # (B, K) one beginning: nothing
+    total = torch.tensor([0.0] + [-math.inf] * (K - 1), device=src.device).repeat(B, 1)  # (B, K) all alike: count one
     length, ended = torch.zeros_like(total), torch.zeros_like(total, dtype=torch.bool)   # (B, K) each
-    first_row = K * torch.arange(B, device=src.device).unsqueeze(1)      # (B, 1)
+    first_row = K * torch.arange(B, device=src.device).unsqueeze(1)      # (B, 1) where the K rows of a sentence begin
     while tokens.shape[1] < model.max_len and not ended.all():
         logits, _, past = model.decode(tokens[:, -1:], encoded, past, need_weights=False)
         gain = logits.log_softmax(dim=-1).view(B, K, -1)                 # (B, K, vocab_size)
-        gain[..., PAD] = -math.inf
+        gain[..., PAD] = -math.inf              # a translation that goes on is not padded
         gain[ended] = -math.inf                 # after its end a translation can only be padded, which costs nothing
         gain[..., PAD][ended] = 0.0
         length = length + ~ended                                         # (B, K)
@@ -662,7 +655,7 @@ def beam_search(model, src, beam, length_penalty=1.0):
         rows = (first_row + origin).flatten()                            # (B * K,)
         tokens = torch.cat([tokens[rows], token.view(-1, 1)], dim=1)     # (B * K, 1 + T)
         if K > 1:
-            past = [[t[rows] for t in both] for both in past]
+            past = [[t[rows] for t in both] for both in past]            # each row goes on with its beginning's keys
     return tokens.view(B, K, -1)[:, 0, 1:]                               # (B, T)
 
 
@@ -682,11 +675,15 @@ def bleu_words(text):
 
 
 def bleu(translations, references):
-    """BLEU (Papineni et al. 2002) of a list of strings against one reference each, from 0 to 100."""
-    correct, total, produced, wanted = [0] * 4, [0] * 4, 0, 0
+    """BLEU (Papineni et al. 2002) of a list of strings against one reference each, from 0 to 100.
+
+    Of all runs of 1, 2, 3 and 4 words in the translations, which share also occurs in the reference? The geometric mean
+    of the four shares, made smaller if the translations are too short.
+    """
+    correct, total, n_words, n_reference_words = [0] * 4, [0] * 4, 0, 0  # the first two: for runs of 1 to 4 words
     for translation, reference in zip(translations, references):
         words, reference_words = bleu_words(translation), bleu_words(reference)
-        produced, wanted = produced + len(words), wanted + len(reference_words)
+        n_words, n_reference_words = n_words + len(words), n_reference_words + len(reference_words)
         for n in range(1, 5):
             ours, theirs = (collections.Counter(zip(*[w[i:] for i in range(n)])) for w in (words, reference_words))
             correct[n - 1] += (ours & theirs).total()
@@ -697,7 +694,7 @@ def bleu(translations, references):
     for right, all_of_them in zip(correct, total):
         zeros += right == 0                     # exponential smoothing: count the first zero as 1/2, the next as 1/4
         log_precision += math.log((right or 0.5 ** zeros) / all_of_them) / 4
-    return 100 * math.exp(log_precision + min(0.0, 1 - wanted / produced))
+    return 100 * math.exp(log_precision + min(0.0, 1 - n_reference_words / n_words))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -750,7 +747,7 @@ def load_translator(path, device):
         tokenizer, model = Tokenizer(saved["merges"]), TransformerModel(*saved["sizes"], dropout=0.0)
         model.load_state_dict(saved["weights"])                          # stored as float16, used as float32
         if len(tokenizer.pieces) != len(model.token_embedding.weight):
-            raise ValueError("the tokenizer and the model do not belong together")
+            raise ValueError("tokenizer and model do not belong together")
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         fail(f"{path} does not hold weights of translate.py")
     return model.to(device).eval(), tokenizer
@@ -772,7 +769,7 @@ def score(model, tokenizer, pairs, beam):
 
 
 def use(args):
-    """What --text, --line and --test ask for."""
+    """Do what --text, --line and --test ask for."""
     if args.line is not None:
         german, english = line_pair(args.data, args.line)
     model, tokenizer = load_translator(weights_path(args.data, args.out_dir), args.device)
@@ -827,6 +824,84 @@ def join_processes(device):
     return distributed.get_rank(), distributed.get_world_size()
 
 
+def train(args):
+    """Train a translator, or go on with a training, and score it on the validation part."""
+    rank, world = join_processes(args.device)
+    best_path, last_path = (os.path.join(args.out_dir, f"translate_{os.path.basename(args.data)}{end}.pt")
+                            for end in ("", "_last"))
+    saved = load(last_path) if args.resume else None
+    if args.resume and not (isinstance(saved, dict) and isinstance(saved.get("settings"), dict)):
+        fail(f"{last_path} is no checkpoint of translate.py")
+    train_pairs, val_pairs = load_pairs(args.data, "train"), load_pairs(args.data, "val")
+    settings = {"data": f"{args.data} (checksum {zlib.crc32(repr(train_pairs).encode())})",
+                **{name: getattr(args, name) for name in (*OPTIONS, "seed")}}
+    for name, value in settings.items() if saved else ():
+        if saved["settings"].get(name) != value:
+            fail(f"argument --resume: {last_path} was made with --{name} {saved['settings'].get(name)}, not {value}")
+    tokenizer = Tokenizer(saved["merges"] if saved else learn_merges(itertools.chain(*train_pairs), args.merges))
+    train_pairs, val_pairs = (fitting(tokenizer, pairs, MAX_LEN) for pairs in (train_pairs, val_pairs))
+    examples, val_examples = ([[tokenizer.encode(german) + [EOS], [BOS, *tokenizer.encode(english), EOS]]
+                               for german, english in pairs] for pairs in (train_pairs, val_pairs))
+
+    # `average` is a running mean of the model's weights over about the last tenth of the steps so far, at most 1,000.
+    # It is validated and kept: the weights jump around a good place, and their mean is closer to it than they are.
+    sizes = len(tokenizer.pieces), MAX_LEN, args.d_model, args.n_heads, args.n_enc_layers, args.n_dec_layers
+    model = TransformerModel(*sizes, args.dropout).to(args.device)
+    average = copy.deepcopy(model).eval()
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
+    params = sum(p.numel() for p in model.parameters())
+    print(f"{params:,} parameters, {len(examples):,} pairs to train on, {len(val_examples):,} to validate")
+    first, best = 0, math.inf
+    if saved:
+        for part, state in ((model, "model"), (average, "average"), (optimizer, "optimizer")):
+            part.load_state_dict(saved[state])
+        first, best = saved["step"], saved["best"]
+        print(f"going on after step {first}")
+    else:
+        print_first_loss(validation_losses(average, val_examples, args.device)[0], len(tokenizer.pieces))
+
+    model.train()
+    learner = model if world == 1 else nn.parallel.DistributedDataParallel(model)
+    batches = itertools.islice(make_batches(examples, args.batch_tokens, args.seed), first, None)
+    report = progress(args.steps, done=first)
+    for step in range(first, args.steps):
+        torch.manual_seed(args.seed + step * world + rank)               # what dropout draws depends on the step alone
+        rows = next(batches)
+        mine = [examples[row] for row in rows[rank::world]]              # each process takes its share of the batch
+        n_targets = sum(len(examples[row][1]) - 1 for row in rows)       # in the whole batch
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+            logits, wanted = predict(learner, mine or [examples[rows[0]]], args.device)   # one must: DDP waits for all
+        loss = loss_sum(logits, wanted, smoothing=0.1) / n_targets * bool(mine)           # my part of the batch's mean
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+        optimizer.zero_grad()
+        (loss * world).backward()                                        # DDP divides by world; here it must not
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        check_finite([loss, *model.parameters()], step + 1)
+        with torch.no_grad():
+            plain_loss = loss_sum(logits, wanted) / (wanted != PAD).sum()
+            for mean, p in zip(average.parameters(), model.parameters()):
+                mean.lerp_(p, 1 - min(0.999, (1 + step) / (10 + step)))
+        report(step + 1, loss=plain_loss.item())
+        if rank == 0 and ((step + 1) % max(1, args.steps // 20) == 0 or step + 1 == args.steps):
+            val_loss, smoothed_loss = validation_losses(average, val_examples, args.device)
+            german, english = val_pairs[step % len(val_pairs)]
+            print(f"after step {step + 1}: validation loss {val_loss:.4f}\n    {german}\n    "
+                  f"{translate(average, tokenizer, [german])[0]}", flush=True)
+            if smoothed_loss < best:
+                best, weights = smoothed_loss, {name: t.half() for name, t in average.state_dict().items()}
+                save_weights(best_path, sizes=sizes, merges=tokenizer.merges, weights=weights)
+            save_weights(last_path, settings=settings, merges=tokenizer.merges, step=step + 1, best=best,
+                         model=model.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict())
+    if world > 1:
+        distributed.destroy_process_group()
+    if rank == 0:
+        print(f"saved: {best_path} (the weights with the lowest smoothed validation loss, {best:.4f})")
+        model, tokenizer = load_translator(best_path, args.device)
+        print_result(args, **score(model, tokenizer, val_pairs, args.beam), params=params)
+
+
 def main(argv=None):
     """Train a translator (or go on with a training), or use one."""
     parser = make_parser(__doc__)
@@ -835,114 +910,31 @@ def main(argv=None):
     for name, (kind, low, high, toy, real, meaning) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=number(kind, low, high), default=toy,
                             help=f"{meaning}; {real} if --data is not toy")
-    parser.add_argument("--bfloat16", action="store_true", help="train with half the bits: faster on a CPU that has "
-                        "matrix units for it (AMX); always so on CUDA")
-    parser.add_argument("--resume", action="store_true", help="go on with the training whose checkpoint is in out_dir")
+    parser.add_argument("--resume", action="store_true", help="go on with the training saved in --out_dir")
     parser.add_argument("--test", action="store_true", help="do not train: score the test part")
     parser.add_argument("--line", type=int, help="do not train: translate this line of the data, counted from 1")
     parser.add_argument("--text", nargs="+", help="do not train: translate these texts; - stands for the lines of "
                         "standard input")
     parser.add_argument("--plot", action="store_true", help="draw the cross-attention of --line or --text")
     parser.add_argument("--beam", type=number(int, 1, 100), default=5, help="beginnings kept while translating")
-    given = parser.parse_known_args(argv)[0]
+    given = parser.parse_known_args(argv)[0]    # a first look at --data and --text: other defaults depend on them
     data = given.data if given.data != "auto" else "multi30k" if given.text else "toy"
     if data != "toy":
-        parser.set_defaults(**{name: option[4] for name, option in OPTIONS.items()})
+        parser.set_defaults(**{name: real for name, (_, _, _, _, real, _) in OPTIONS.items()})
     args = start(parser, argv)
     args.data = data
-    sys.stdout.reconfigure(errors="backslashreplace")     # a text may hold what the terminal's encoding does not
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")     # a text may hold what the terminal's encoding does not
     if args.plot and not args.text and args.line is None:
         fail("argument --plot: needs a --line or a --text to draw")
     if args.text and (args.test or args.line is not None):
         fail("argument --text: goes without --test and --line")
-    if args.text or args.test or args.line is not None:
-        use(args)
-        return
     if args.d_model % args.n_heads:
         fail(f"argument --n_heads: {args.n_heads} heads do not divide --d_model {args.d_model}")
-
-    rank, world = join_processes(args.device)
-    best_path, last_path = (os.path.join(args.out_dir, f"translate_{os.path.basename(data)}{end}.pt")
-                            for end in ("", "_last"))
-    saved = load(last_path) if args.resume else None
-    if args.resume and not (isinstance(saved, dict) and "settings" in saved):
-        fail(f"{last_path} is no checkpoint of translate.py")
-    train_pairs, val_pairs = load_pairs(data, "train"), load_pairs(data, "val")
-    settings = {"data": f"{data} (checksum {zlib.crc32(repr(train_pairs).encode())})",
-                **{name: getattr(args, name) for name in (*OPTIONS, "seed", "bfloat16")}}
-    for name, value in settings.items() if saved else ():
-        if saved["settings"].get(name) != value:
-            fail(f"argument --resume: {last_path} was made with --{name} {saved['settings'].get(name)}, not {value}")
-    tokenizer = Tokenizer(saved["merges"] if saved else learn_merges(
-        [text for pair in train_pairs for text in pair], args.merges))
-    sizes = len(tokenizer.pieces), MAX_LEN, args.d_model, args.n_heads, args.n_enc_layers, args.n_dec_layers
-    train, val = ([[tokenizer.encode(german) + [EOS], [BOS, *tokenizer.encode(english), EOS]] for german, english in
-                   fitting(tokenizer, pairs, MAX_LEN)] for pairs in (train_pairs, val_pairs))
-
-    # `average` is a running mean of the model's weights over about the last tenth of the steps, at most 1,000. It is
-    # what is validated and kept: the weights jump around a good place, and their mean is closer to it than they are.
-    model = TransformerModel(*sizes, args.dropout).to(args.device)
-    average = copy.deepcopy(model).eval()
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
-    params = sum(p.numel() for p in model.parameters())
-    print(f"{params} parameters, {len(train)} pairs to train on, {len(val)} to validate")
-    first, best = 0, math.inf
-    if saved:
-        for part, state in ((model, "model"), (average, "average"), (optimizer, "optimizer")):
-            part.load_state_dict(saved[state])
-        first, best = saved["step"], saved["best"]
-        print(f"going on after step {first}")
+    if args.text or args.test or args.line is not None:
+        use(args)
     else:
-        print(f"before the first step: loss {validation_losses(average, val, args.device)[0]:.4f} (knowing "
-              f"nothing: ln {len(tokenizer.pieces)} = {math.log(len(tokenizer.pieces)):.4f})", flush=True)
-
-    model.train()
-    learner = model if world == 1 else nn.parallel.DistributedDataParallel(model)
-    batches = itertools.islice(make_batches(train, args.batch_tokens, args.seed), first, None)
-    report, began, n_tokens = progress(max(1, args.steps - first)), time.perf_counter(), 0
-    for step in range(first, args.steps):
-        torch.manual_seed(args.seed + step * world + rank)               # what dropout draws depends on the step alone
-        rows = next(batches)
-        mine = [train[row] for row in rows[rank::world]]                 # each process takes its share of the batch
-        n_targets = sum(len(train[row][1]) - 1 for row in rows)          # in the whole batch
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.bfloat16 or args.device == "cuda"):
-            logits, wanted = predict(learner, mine or [train[rows[0]]], args.device)
-        loss = loss_sum(logits, wanted, SMOOTHING) / n_targets         # of the whole batch, as far as it is mine
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
-        optimizer.zero_grad()
-        (loss * world * bool(mine)).backward()                           # times world: DDP takes the mean over them
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            for mean, p in zip(average.parameters(), model.parameters()):
-                mean.lerp_(p, 1 - min(0.999, (1 + step) / (10 + step)))
-        n_tokens += sum(len(train[row][0]) for row in rows) + n_targets
-        if (step - first) % 20 == 0:
-            with torch.no_grad():
-                plain_loss = (loss_sum(logits, wanted) / (wanted != PAD).sum()).item()
-            if not math.isfinite(plain_loss):
-                fail(f"the loss is {plain_loss} at step {step}: try a lower --lr")
-        report(step + 1 - first, loss=plain_loss, tokens_per_s=n_tokens / (time.perf_counter() - began))
-        if rank == 0 and ((step + 1) % max(1, args.steps // 20) == 0 or step + 1 == args.steps):
-            val_loss, smoothed_loss = validation_losses(average, val, args.device)
-            german, english = val_pairs[step % len(val_pairs)]
-            print(f"after step {step + 1}: validation loss {val_loss:.4f}\n    {german}\n    "
-                  f"{translate(average, tokenizer, [german])[0]}", flush=True)
-            if smoothed_loss < best:
-                best, weights = smoothed_loss, {name: t.half() for name, t in average.state_dict().items()}
-                save(best_path, lambda temporary: torch.save(
-                    {"sizes": sizes, "merges": tokenizer.merges, "weights": weights}, temporary))
-            save(last_path, lambda temporary: torch.save({
-                "settings": settings, "merges": tokenizer.merges, "step": step + 1, "best": best,
-                "model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()},
-                temporary))
-    if world > 1:
-        distributed.destroy_process_group()
-    if rank == 0:
-        print(f"saved: {best_path} (the weights with the lowest smoothed validation loss, {best:.4f})")
-        model, tokenizer = load_translator(best_path, args.device)
-        print_result(args, **score(model, tokenizer, val_pairs, args.beam), params=params)
+        train(args)
 
 
 if __name__ == "__main__":
