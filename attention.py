@@ -361,8 +361,8 @@ def start(parser, argv):
     return args
 
 
-def progress(total, done=0):
-    """Returns report(step, name=value, ...), which prints a line with speed and time left, at most every 2 seconds.
+def progress(total, done=0, unit="step"):
+    """Return report(step, name=value, ...), which prints a line with speed and time left, at most every 2 seconds.
 
     `total` counts all steps, also those that were `done` before.
     """
@@ -375,9 +375,8 @@ def progress(total, done=0):
         if now - last < 2 and step < total:
             return
         last, speed = now, (step - done) / (now - began)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        left = (total - step) / speed
-        print(f"step {step:>{len(str(total))}}/{total}  {shown}  {speed:.0f} steps/s  {left:.0f} s left", flush=True)
+        print(f"{unit} {step:>{len(str(total))}}/{total}", *(f"{name} {value:.4f}" for name, value in values.items()),
+              f"{speed:.0f} {unit}s/s", f"{(total - step) / speed:.0f} s left", sep="  ", flush=True)
     return report
 
 
@@ -448,7 +447,7 @@ def download(url, path, sha256):
 
 def save_figure(figure, path, show=False):
     """Save a matplotlib figure as PNG, print where, and open a window if `show` asks for one."""
-    save(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    save(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
     print("picture:", path)
     if show:
         plt.show()

@@ -401,8 +401,8 @@ def attack_table(model, images, target, args):
     """Print and return accuracies for growing eps: a list of (eps, sign steps, raw step, random signs)."""
     gradient = in_parts(lambda x, t: calculate_jacobian(model, x, t)[0], images, target).flatten(1)      # (B, 3HW)
     l1, l2, largest = gradient.abs().sum(dim=1), gradient.norm(dim=1), gradient.abs().amax(dim=1)        # (B,) each
-    print(f"to first order a sign step adds {(l1 * largest / l2 ** 2).nanmedian():.1f} times as much to the loss as a "
-          f"raw step, {(l1 / l2).nanmedian():.1f} times as much as random signs (median over pictures)")
+    print(f"to first order (median over pictures) the sign step adds {(l1 * largest / l2 ** 2).nanmedian():.1f} times "
+          f"as much to the loss as\nthe raw step, and {(l1 / l2).nanmedian():.1f} times as much as random signs")
     signs = torch.randint(2, images.shape, generator=torch.Generator().manual_seed(args.seed)) * 2.0 - 1
     signs, rows = signs.to(images.device), []
     print(f"accuracy on {len(images)} pictures\n  eps*255   sign steps ({args.attack_steps})   raw step   random signs")

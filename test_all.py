@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -311,6 +312,32 @@ def test_progress_prints_the_last_step_and_not_every_one(capsys):
         report(step, loss=1 / step)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and lines[0].startswith("step 1000/1000  loss 0.0010  ") and "s left" in lines[0]
+
+
+def test_progress_knows_what_was_done_before(capsys, monkeypatch):
+    clock = itertools.count(100, 5)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    progress(1000, done=900, unit="sentence")(950)                       # 50 in 5 seconds
+    assert capsys.readouterr().out == "sentence  950/1000  10 sentences/s  5 s left\n"
+
+
+def test_a_loss_or_a_weight_that_is_no_number_is_one_line(capsys):
+    attention_script.check_finite([torch.zeros(2), torch.tensor(1.0)], 3)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(SystemExit) as stop:
+            attention_script.check_finite([torch.zeros(2), torch.tensor([1.0, bad])], 3)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and "3 steps" in error and "--lr" in error
+
+
+def test_a_closed_pipe_ends_a_script_in_silence(capfd, monkeypatch):
+    monkeypatch.setattr(os, "dup2", lambda *descriptors: None)           # standard output is still needed here
+
+    def print_to_nobody():
+        raise BrokenPipeError
+    with pytest.raises(SystemExit) as stop:
+        attention_script.run(print_to_nobody)
+    assert stop.value.code == 141 and capfd.readouterr().err == ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1485,7 +1512,7 @@ def test_a_short_training_learns_and_its_weights_translate(tmp_path, capsys, mon
     source, reference, translation, picture = capsys.readouterr().out.splitlines()
     german, english = translate.toy_pair(7)
     assert source.endswith(german) and reference.endswith(english) and translation.startswith("translation: ")
-    assert picture.endswith("translate_attention.png") and is_png(tmp_path / "translate_attention.png")
+    assert picture.endswith("translate_toy.png") and is_png(tmp_path / "translate_toy.png")
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Ein Hund.\n🙂\n\n".encode() + b"\xff")))
     translate.main([*out, "--data", "toy", "--text", "Der Mann sieht den Hund.", "-", "\ud800"])
@@ -1499,6 +1526,14 @@ def test_the_same_seed_trains_the_same_weights(pairs_file, tmp_path):
                         "--out_dir", str(tmp_path / folder)])
         states.append(load(tmp_path / folder / "translate_pairs.tsv_last.pt")["model"])
     assert same_state(states[0], states[1]) and not same_state(states[0], states[2])
+
+
+def test_sentences_that_are_too_long_are_left_out_of_training_and_validation(tmp_path, capsys):
+    (tmp_path / "pairs.tsv").write_text("".join(f"Dog {n}.\tHund {n} {'sehr lang ' * (20 if n % 2 else 1)}.\n"
+                                                for n in range(100)), encoding="utf-8")
+    translate.main([*TINY, "--merges", "0", "--data", str(tmp_path / "pairs.tsv"), "--steps", "2", "--out_dir",
+                    str(tmp_path)])
+    assert capsys.readouterr().out.count("left out: ") == 2
 
 
 def test_killed_and_resumed_equals_uninterrupted(pairs_file, tmp_path, capsys):
@@ -2098,15 +2133,33 @@ def test_a_real_ctrl_c_leaves_no_traceback(tmp_path):
 # README.md
 
 
-def test_every_command_option_and_file_that_readme_names_exists(capsys):
+@pytest.fixture
+def readme():
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        readme = file.read()
+        return file.read()
+
+
+def test_every_command_option_and_file_that_readme_names_exists(readme, capsys):
     for name in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert os.path.exists(os.path.join(HERE, name)), name
-    commands = re.findall(r"python (\w+)\.py([^\n`&|#]*)", readme)
-    assert commands
-    for script, arguments in commands:
+    known = {}
+    for script in SCRIPTS:
         with pytest.raises(SystemExit):
             SCRIPTS[script].main(["--help"])
-        known = capsys.readouterr().out
-        assert all(option in known for option in re.findall(r"--\w+", arguments)), (script, arguments)
+        known[script] = set(re.findall(r"--\w+", capsys.readouterr().out))
+    commands = re.findall(r"(\w+)\.py((?: [^\n`&|#]*)?)", readme)
+    assert {script for script, _ in commands} == {*SCRIPTS, "test_all"}
+    for script, arguments in commands:
+        assert script == "test_all" or set(re.findall(r"--\w+", arguments)) <= known[script], (script, arguments)
+    named = set(re.findall(r"--[a-z]\w+", readme))
+    assert len(named) > 25 and named <= set().union(*known.values(), {"--nproc_per_node"})
+
+
+def test_the_pictures_are_light_all_shown_and_the_first_is_made_by_the_code_in_readme(readme, tmp_path, monkeypatch):
+    pictures = {name for name in os.listdir(os.path.join(HERE, "assets")) if name.endswith(".png")}
+    assert pictures == set(re.findall(r"!\[.+\]\(assets/(.+)\)", readme))
+    assert sum(os.path.getsize(os.path.join(HERE, "assets", name)) for name in pictures) < 1e6
+    shutil.copytree(os.path.join(HERE, "assets"), tmp_path / "assets", ignore=shutil.ignore_patterns("cover.*", "*.pt"))
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], {})
+    assert is_png(tmp_path / "assets" / "cover.png")

@@ -764,7 +764,7 @@ def fitting(tokenizer, pairs, max_len):
 def score(model, tokenizer, pairs, beam):
     """Translate all pairs: the share that equals the reference word for word, and BLEU."""
     german, english = zip(*fitting(tokenizer, pairs, model.max_len))
-    translations = translate(model, tokenizer, german, beam, progress(len(german)))
+    translations = translate(model, tokenizer, german, beam, progress(len(german), unit="sentence"))
     return {"exact": sum(map(str.__eq__, translations, english)) / len(english), "bleu": bleu(translations, english)}
 
 
@@ -781,7 +781,7 @@ def use(args):
             fail(f"a text may have {model.max_len - 1} tokens, this one has {length}: {sentence[:40]!r}...")
         print(translate(model, tokenizer, [sentence], args.beam)[0], flush=True)
         if args.plot:
-            path = os.path.join(args.out_dir, f"translate_attention{f'_{n}' if n > 1 else ''}.png")
+            path = os.path.join(args.out_dir, f"translate_{os.path.basename(args.data)}{f'_{n}' if n > 1 else ''}.png")
             plot_cross_attention(model, tokenizer, sentence, args.beam, path, args.show)
 
     if args.text:
