@@ -18,7 +18,7 @@ numbers, values have d_v = 2:
     0.00  0.00  0.00
     0.00  6.00  4.00
 
-    scores / sqrt(d_k): a sum of d_k products is about sqrt(d_k) large; this brings it back to about 1
+    scores / sqrt(d_k): a sum of d_k products of numbers of size 1 has size sqrt(d_k); now it is 1 again
     2.00  0.00  1.00
     0.00  0.00  0.00
     0.00  3.00  2.00
@@ -110,7 +110,7 @@ def worked_example():
     steps = ["\n".join(inputs)]
     for title, table in {
             "scores = query @ key.T, row i says how well query i fits each of the three keys": scores,
-            "scores / sqrt(d_k): a sum of d_k products is about sqrt(d_k) large; this brings it back to about 1":
+            "scores / sqrt(d_k): a sum of d_k products of numbers of size 1 has size sqrt(d_k); now it is 1 again":
             scores / math.sqrt(4),
             "weights = softmax of each row, exp(score) / sum of exp(scores): positive, and the row sums to 1": weights,
             "output = weights @ value, each row a weighted mean of the three values": output}.items():
@@ -384,7 +384,7 @@ def print_first_loss(loss, n_classes):
     """Print the loss of an untrained model beside that of one which knows nothing and says so.
 
     Such a model gives each of n classes the probability 1 / n, and its cross-entropy is -ln(1 / n) = ln n. Random
-    weights are sure of something now and then, and wrong: a loss a little higher is normal, a much higher one a bug.
+    weights are sure of something now and then: a loss a little higher (by luck lower) is normal, much higher is a bug.
     """
     print(f"before the first step: loss {loss:.4f} (knowing nothing: ln {n_classes} = {math.log(n_classes):.4f})",
           flush=True)
@@ -403,7 +403,7 @@ def save(path, write):
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:    # torch reports a full disk as a RuntimeError
-        fail(f"cannot write {path} ({getattr(error, 'strerror', None) or 'is the disk full?'})")
+        fail(f"cannot write {path} ({getattr(error, 'strerror', None) or str(error).splitlines()[0]})")
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -464,6 +464,7 @@ def run(main):
     """Call main(); no traceback for Ctrl-C, which gives one line and status 130, nor for a pipe that is closed."""
     try:
         main()
+        sys.stdout.flush()                      # here, where a closed pipe can still be caught
     except KeyboardInterrupt:
         print(f"\n{os.path.basename(sys.argv[0])}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
@@ -494,7 +495,8 @@ def main(argv=None):
     print(worked_example(), end="\n\n")
 
     rotation = torch.linalg.qr(torch.randn(args.d_model, args.d_model))[0].to(args.device)  # (d_model, d_model)
-    value = torch.eye(args.n_keys, device=args.device)  # (n_keys, n_keys) one-hot, so the output *is* the weights
+    # Entry i has the value of all zeros but a 1 at place i (one-hot), so the output *is* the weights.
+    value = torch.eye(args.n_keys, device=args.device)                   # (n_keys, n_keys)
     model = DifferentiableDictionary(args.d_model).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
 

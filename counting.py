@@ -11,8 +11,8 @@ many numbers it was taken. Two things follow from that, and they are not the sam
     Softmax does badly all the same, because a single linear map has to turn the proportions into one of 11 counts. With
     a small MLP in its place, a network with one hidden layer, they come out right (an exercise in README).
   * Across lengths softmax cannot count, whatever its weights: write the sequence twice, and every softmax-weighted mean
-    stays as it was, although every count has doubled. The residual connection only adds a query that is the same for
-    every input, and LayerNorm only rescales that sum, so neither of them can bring the lost number back.
+    stays as it was, although every count has doubled. The residual connection only adds the query, which is the same
+    for every input, and LayerNorm only rescales that sum, so neither of them can bring the lost number back.
 
     python counting.py                                      train, count, draw the weights
     python counting.py --sequence "1 0 2 1 0 1 1 0 1 2"     count your own sequence with the saved model
@@ -47,7 +47,8 @@ from attention import attention, check_finite, fail, load, make_parser, number, 
 class CountingModel(nn.Module):
     """One-hot digits (B, T, V) -> logits of the counts 0 ... L of each digit (B, V, L+1), and the weights (B, V, T).
 
-    T may be anything from 1 to L = sequence_length. (Longer ones run too, but no output stands for a count above L.)
+    One-hot: V numbers for each digit, a 1 at its place and 0 elsewhere. T may be anything from 1 to L =
+    sequence_length. (Longer ones run too, but no output stands for a count above L.)
     """
 
     def __init__(self, vocab_size, sequence_length, hidden, activation="sigmoid"):
@@ -93,9 +94,10 @@ def one_hot_and_counts(digits, vocab_size):
 def evaluate(model, vocab_size, length, n_samples=20_000):
     """Accuracy on sequences of one length: the share with every count right, and the share right for each true count.
 
-    Returns the two, a float and a tensor (T+1,), and a text that says what was tried: all sequences if there are at
-    most two million, else `n_samples` random ones. To try all, one sequence for each combination of counts is
-    enough, since the model does not see the order; it stands for all its orders. So the 59,049 of length 10 are 66.
+    Returns the two, a float and a tensor (T+1,), with NaN for a count that no sequence has, and a text that says what
+    was tried: all sequences if there are at most two million, else `n_samples` random ones. To try all, one sequence
+    for each combination of counts is enough, since the model does not see the order; it stands for all its orders. So
+    the 59,049 of length 10 are 66.
     """
     exhaustive = vocab_size ** length <= 2_000_000
     if exhaustive:
@@ -124,7 +126,7 @@ def evaluate(model, vocab_size, length, n_samples=20_000):
 
 
 def train(args, activation, uniform=False, shorter=True, weight_decay=1e-3, quiet=False):
-    """Train one model on fresh random sequences and return it.
+    """Train one model on fresh random sequences and return it. Of args it takes the sizes, lr, steps and batch_size.
 
     Half of every batch has the full length L, and half a length drawn anew in each step from 1 to L. At a single length
     a model may just as well count what is *not* there, since 3 of one digit are 7 of the others, and then its weights
@@ -218,7 +220,7 @@ def compare(args, n_seeds=5):
                 counts_right.append(scores[-1][1])
             shares = torch.tensor(shares)                                # (n_seeds, L)
             by_length[row] = shares.mean(dim=0).tolist()
-            by_count[row] = torch.stack(counts_right).mean(dim=0).tolist()
+            by_count[row] = torch.stack(counts_right).nanmean(dim=0).tolist()
             print(f"{', '.join(row):22} | {(shares[:, -1] == 1).sum():5}  {shares[:, -1].mean():9.3f}  "
                   f"{shares[:, :-1].mean():7.3f} |", *(f"{share:4.2f}" for share in by_count[row]), flush=True)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -284,13 +286,14 @@ def main(argv=None):
     parser = make_parser(__doc__)
     parser.add_argument("--vocab_size", type=number(int, 1, 100), default=3, help="how many different digits")
     parser.add_argument("--sequence_length", type=number(int, 1, 100), default=10, help="greatest length")
-    parser.add_argument("--hidden", type=number(int, 2, 1024), default=16, help="width of queries, keys and values")
+    parser.add_argument("--hidden", type=number(int, 2, 1024), default=16, help="width of queries, keys and values "
+                        "(d_model elsewhere)")
     parser.add_argument("--activation", choices=["sigmoid", "softmax"], default="sigmoid",
                         help="what makes weights of the scores")
     parser.add_argument("--lr", type=number(float, 0, 1), default=0.03, help="highest learning rate")
     parser.add_argument("--steps", type=number(int, 1, 10 ** 6), default=1000, help="training steps")
-    parser.add_argument("--batch_size", type=number(int, 2, 4096), default=256, help="sequences in each step, half of "
-                        "them of the full length")
+    parser.add_argument("--batch_size", type=number(int, 2, 4096), default=256, help="sequences in each step (even), "
+                        "half of them of the full length")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--sequence", help="digits to count, such as '1 0 2', with the model that the last run saved "
                         "in --out_dir; if there is none, train first")

@@ -95,8 +95,8 @@ class TransformerBlock(nn.Module):
 
     The MLP is two linear maps with SiLU(x) = x * sigmoid(x) between them. LayerNorm takes each token alone: subtract
     the mean of its features, divide by their standard deviation, then scale and shift by learned numbers. It stands
-    before the two sublayers (pre-norm), so x itself is only ever added to (the residual connection), and the gradient
-    has a direct way back through the sums.
+    before attention and before the MLP (pre-norm), so x itself is only ever added to (the residual connection), and the
+    gradient has a direct way back through the sums.
     """
 
     def __init__(self, d_model, d_key, n_heads, mlp_factor=4):
@@ -174,9 +174,10 @@ def exact_accuracy(model, seq_len):
 
 
 def train(model, strings, parities, args):
-    """Train on strings (B, T) until the loss stays low or the steps are done; returns a list of (step, loss, accuracy).
+    """Train on strings (B, T) until the loss stays low or the steps are done; return a list of (step, loss, accuracy).
 
-    The accuracy is that over all 2^T strings, computed every ten steps.
+    The accuracy is that over all 2^T strings, computed every ten steps and at the end. Of args it takes seq_len, lr,
+    steps, batch_size, weight_decay and device.
     """
     batch_size = min(args.batch_size, len(strings))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.9), weight_decay=args.weight_decay,
@@ -202,6 +203,7 @@ def train(model, strings, parities, args):
         n_low = n_low + 1 if loss < 0.002 else 0
         if n_low == 5:
             break
+    history.append((step + 1, loss.item(), exact_accuracy(model, args.seq_len)[0]))
     print(f"ended after {step + 1} steps: loss {loss.item():.4f}")
     return history
 
@@ -211,7 +213,7 @@ def train(model, strings, parities, args):
 #
 # The sweep asks what can be *learned*, not whether it generalises: it trains on the whole distribution of inputs, all
 # 2^T strings, which is to say on T + 1 of them weighted by their shares. Models this small leave a computer idle, so
-# hundreds of them are trained side by side.
+# up to 256 of them are trained side by side.
 
 SWEEP_STEPS = 2000
 LADDER = [  # d_model, d_key, n_heads, mlp_factor, n_layers; how many seeds

@@ -2,8 +2,8 @@
 A convolutional network has no attention weights to print. But it is differentiable, so it can be asked how much its
 loss would change with every number of the picture: that is its Jacobian with respect to the input, or simply the
 gradient, as the loss is one number. Where it is large, a small change would matter most (saliency: one is tempted to
-say that the network looks there, and README shows where that goes wrong); and a small step along it, too small to be
-noticed, makes the network wrong (an adversarial example).
+say that the network looks there, and README shows where that goes wrong); and a small step that follows its signs,
+too small to be noticed, makes the network wrong (an adversarial example).
 
 Both need a trained network and pictures. By default the program draws its own pictures, six shapes on cluttered
 backgrounds, and trains a small ResNet on them in about a minute. As it knows where it put each shape, it can also
@@ -69,8 +69,8 @@ def calculate_jacobian(model, x, target):
         with torch.inference_mode(False), torch.enable_grad():              # whatever the caller has switched off
             x = x.detach().clone().requires_grad_()                         # (B, 3, H, W)
             logits = model(x)                                               # (B, n_classes)
-            # The gradient of the target's logit is p - 1. If the prediction is sure by more than 16, float32 rounds p
-            # to 1 and this part is lost; float64 holds out to 36. On the CPU, as not every GPU has float64.
+            # With respect to the target's logit the gradient is p - 1. If the prediction is sure by more than 16,
+            # float32 rounds p to 1 and this is lost; float64 holds out to 36. On the CPU: not every GPU has float64.
             loss = F.cross_entropy(logits.cpu().double(), target.cpu(), reduction="sum")
             gradient, = torch.autograd.grad(loss, x)                        # (B, 3, H, W); touches no parameter's .grad
     finally:
@@ -142,9 +142,10 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Pictures (B, 3, H, W) with numbers in [0, 1] -> logits (B, n_classes).
 
-    `blocks` and `widths`: how many blocks each layer has, and how many channels. Each layer but the first halves height
-    and width. A stem of 7 begins with a 7 x 7 convolution and a pooling that quarter them, for photographs; a stem of 3
-    with a 3 x 3 convolution that keeps every pixel, for small pictures.
+    `blocks` and `widths`: how many blocks each layer (torchvision's word for a group of blocks) has, and how many
+    channels. Each layer but the first halves height and width. A stem of 7 begins with a 7 x 7 convolution and a
+    pooling that quarter them, for photographs; a stem of 3 with a 3 x 3 convolution that keeps every pixel, for small
+    pictures.
     """
 
     def __init__(self, blocks, widths, n_classes, stem=7):
@@ -208,7 +209,7 @@ def shape_distances(u, v):
     which may so stick out of a picture.
     """
     def polygon(n, sides, inner):
-        """The points inside at least `sides` of n lines, each `inner` from the centre. A star: 4 of 5."""
+        """How far outside the area inside at least `sides` of n lines, `inner` from the centre. A star: 4 of 5."""
         angles = torch.arange(n) * (2 * math.pi / n)                        # (n,)
         outside = u.unsqueeze(-1) * angles.cos() + v.unsqueeze(-1) * angles.sin() - inner  # (B, H, W, n) of each line
         return outside.kthvalue(sides, dim=-1).values                       # (B, H, W)
@@ -273,7 +274,7 @@ def make_pictures(n_samples, generator):
 
 
 def train(model, args):
-    """Train the small network on pictures that are drawn anew for each step."""
+    """Train `model`, the small network, on pictures that are drawn anew for each step."""
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.15,
@@ -402,7 +403,8 @@ def attack_table(model, images, target, args):
     gradient = in_parts(lambda x, t: calculate_jacobian(model, x, t)[0], images, target).flatten(1)      # (B, 3HW)
     l1, l2, largest = gradient.abs().sum(dim=1), gradient.norm(dim=1), gradient.abs().amax(dim=1)        # (B,) each
     print(f"to first order (median over pictures) the sign step adds {(l1 * largest / l2 ** 2).nanmedian():.1f} times "
-          f"as much to the loss as\nthe raw step, and {(l1 / l2).nanmedian():.1f} times as much as random signs")
+          f"as much to the loss as\nthe raw step, and {(l1 / l2).nanmedian():.1f} times as much as random signs "
+          "typically do, up or down")
     signs = torch.randint(2, images.shape, generator=torch.Generator().manual_seed(args.seed)) * 2.0 - 1
     signs, rows = signs.to(images.device), []
     print(f"accuracy on {len(images)} pictures\n  eps*255   sign steps ({args.attack_steps})   raw step   random signs")
@@ -434,7 +436,7 @@ def plot_samples(model, images, target, titles, names, args, file):
         row[0].imshow(x.numpy())
         row[0].set_title(title, fontsize=9, parse_math=False)
         heat = row[1].imshow(s.numpy(), vmin=0, vmax=1, cmap="viridis")
-        row[2].imshow(x.mean(dim=-1).numpy(), vmin=0, vmax=1, cmap="gray")                   # colours only for saliency
+        row[2].imshow(x.mean(dim=-1).numpy(), vmin=0, vmax=1, cmap="gray")                   # so all colour is saliency
         row[2].imshow(s.numpy(), vmin=0, vmax=1, cmap="viridis", alpha=0.55)
         for axis in row[:3]:
             axis.set_axis_off()

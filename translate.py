@@ -32,6 +32,7 @@ to what came into it (the residual connection); in the code this line ends the c
 the target is masked, so that no token sees what comes after it: all T tokens of a known translation are learned from at
 once. Attention knows no order, so each place has a learned vector, which is added to that of its token. Source, target
 and output share one embedding, because both languages share their tokens: a name or a number is the same in both.
+Two things differ from the paper: its positions are sines, ours are learned, and its FeedForward is four times as wide.
 
     python translate.py                                        train on the toy language, in a minute
     python translate.py --test --line=7 --plot                 translate line 7 of it and draw the cross-attention
@@ -106,7 +107,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """One hidden layer, twice as wide, on each token alone; residual, LayerNorm. (B, T, d_model) -> same shape."""
+    """An MLP, its hidden layer twice as wide, on each token; residual and LayerNorm. (B, T, d_model) -> same shape."""
 
     def __init__(self, d_model, dropout):
         super().__init__()
@@ -561,7 +562,7 @@ def pad(rows, device):
     return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows], device=device)            # (B, T)
 
 
-def predict(model, examples, device):
+def logits_and_wanted(model, examples, device):
     """The logits (B * T, vocab_size) and the tokens wanted (B * T,): at each place of the target the one after it."""
     src, tgt = (pad(side, device) for side in zip(*examples))            # (B, S), (B, T + 1)
     logits, _ = model(src, tgt[:, :-1], need_weights=False)              # (B, T, vocab_size)
@@ -587,8 +588,8 @@ def validation_losses(model, examples, device):
     examples = sorted(examples, key=lambda example: len(example[1]))     # similar lengths, little padding
     total = torch.zeros(2)
     for i in range(0, len(examples), 64):
-        predicted = predict(model, examples[i:i + 64], device)
-        total += torch.stack([loss_sum(*predicted), loss_sum(*predicted, smoothing=0.1)]).cpu()      # (2,)
+        both = logits_and_wanted(model, examples[i:i + 64], device)
+        total += torch.stack([loss_sum(*both), loss_sum(*both, smoothing=0.1)]).cpu()                # (2,)
     return (total / sum(len(tgt) - 1 for _, tgt in examples)).tolist()
 
 
@@ -870,7 +871,8 @@ def train(args):
         mine = [examples[row] for row in rows[rank::world]]              # each process takes its share of the batch
         n_targets = sum(len(examples[row][1]) - 1 for row in rows)       # in the whole batch
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-            logits, wanted = predict(learner, mine or [examples[rows[0]]], args.device)   # one must: DDP waits for all
+            # DistributedDataParallel waits for every process, so also one without a share has to take an example.
+            logits, wanted = logits_and_wanted(learner, mine or [examples[rows[0]]], args.device)
         loss = loss_sum(logits, wanted, smoothing=0.1) / n_targets * bool(mine)           # my part of the batch's mean
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
@@ -906,7 +908,7 @@ def main(argv=None):
     """Train a translator (or go on with a training), or use one."""
     parser = make_parser(__doc__)
     parser.add_argument("--data", default="auto", help="toy, multi30k, or a file with English, tab, German in each "
-                        "line; auto is multi30k with --text, else toy")
+                        "line (weights go by its name); auto is multi30k with --text, else toy")
     for name, (kind, low, high, toy, real, meaning) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=number(kind, low, high), default=toy,
                             help=f"{meaning}; {real} if --data is not toy")
@@ -929,6 +931,8 @@ def main(argv=None):
         fail("argument --plot: needs a --line or a --text to draw")
     if args.text and (args.test or args.line is not None):
         fail("argument --text: goes without --test and --line")
+    if args.resume and (args.text or args.test or args.line is not None):
+        fail("argument --resume: goes without --text, --test and --line, which do not train")
     if args.d_model % args.n_heads:
         fail(f"argument --n_heads: {args.n_heads} heads do not divide --d_model {args.d_model}")
     if args.text or args.test or args.line is not None:
