@@ -2140,7 +2140,7 @@ def test_every_command_option_and_file_that_readme_names_exists(readme, capsys):
         with pytest.raises(SystemExit):
             SCRIPTS[script].main(["--help"])
         known[script] = set(re.findall(r"--\w+", capsys.readouterr().out))
-    commands = re.findall(r"(\w+)\.py((?: [^\n`&|#]*)?)", readme)
+    commands = re.findall(r"(\w+)\.py\b((?: [^\n`&|#]*)?)", readme)
     assert {script for script, _ in commands} == {*SCRIPTS, "test_all"}
     for script, arguments in commands:
         assert script == "test_all" or set(re.findall(r"--\w+", arguments)) <= known[script], (script, arguments)
