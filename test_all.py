@@ -194,7 +194,7 @@ def test_the_fused_kernel_removes_the_quadratic_memory_for_any_number_of_dimensi
 
 
 def test_the_dictionary_is_learned_and_drawn(tmp_path, capsys):
-    result = result_of(attention_script, ["--out_dir", str(tmp_path), "--device", "cpu", "--steps", "250"], capsys)
+    result = result_of(attention_script, ["--out_dir", str(tmp_path), "--device", "cpu", "--steps", "150"], capsys)
     assert float(result["accuracy"]) > 0.99 and int(result["params"]) == 2 * 32 * 32 and float(result["seconds"]) > 0
     assert is_png(tmp_path / "attention_dictionary.png")
 
@@ -244,7 +244,7 @@ def server():
         def log_message(self, *arguments):
             pass
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
 
@@ -565,7 +565,7 @@ def test_models_trained_side_by_side_do_not_disturb_one_another():
 
 def test_the_sweep_saves_a_winner_that_passes_the_check(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(parity, "LADDER", [((8, 4, 1, 1, 1), 4), ((1, 1, 1, 1, 1), 2), ((8, 1, 1, 1, 0), 2)])
-    monkeypatch.setattr(parity, "SWEEP_STEPS", 200)
+    monkeypatch.setattr(parity, "SWEEP_STEPS", 120)
     result = result_of(parity, ["--sweep", "--seq_len", "2", "--device", "cpu", "--out_dir", str(tmp_path)], capsys)
     assert result["params"] == "514" and float(result["accuracy_all"]) == 1.0
     winner = torch.load(tmp_path / "parity_514.pt", weights_only=True)
@@ -1476,7 +1476,7 @@ def test_bleu_cuts_words_as_mteval_does():
 # translate.py: training and the command line
 
 TINY = ["--d_model", "16", "--n_heads", "2", "--n_enc_layers", "1", "--n_dec_layers", "1", "--merges", "60",
-        "--batch_tokens", "300", "--dropout", "0.1", "--device", "cpu"]
+        "--batch_tokens", "300", "--dropout", "0.1", "--device", "cpu", "--beam", "1"]
 
 
 @pytest.fixture
@@ -1498,7 +1498,7 @@ def same_state(a, b):
 def test_a_short_training_learns_and_its_weights_translate(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(translate, "N_TOY_LINES", 5000)
     out = ["--out_dir", str(tmp_path), "--device", "cpu"]
-    translate.main([*out, "--steps", "60", "--d_model", "32", "--batch_tokens", "1000"])
+    translate.main([*out, "--steps", "60", "--d_model", "32", "--batch_tokens", "1000", "--beam", "1"])
     shown = capsys.readouterr().out
     first, vocabulary = re.search(r"before the first step: loss ([\d.]+) .* = ([\d.]+)\)", shown).groups()
     assert abs(float(first) - float(vocabulary)) < 1.0
@@ -1564,7 +1564,6 @@ def test_killed_and_resumed_equals_uninterrupted(pairs_file, tmp_path, capsys):
 def test_two_processes_hold_the_same_parameters_and_agree_with_one(pairs_file, tmp_path, monkeypatch):
     """This process and another one, joined by the variables that torchrun sets."""
     arguments = [*TINY, "--data", pairs_file, "--steps", "4", "--dropout", "0"]
-    translate.main([*arguments, "--out_dir", str(tmp_path / "one")])
     driver = textwrap.dedent("""
         import sys, torch, translate
         made, adam = [], torch.optim.Adam
@@ -1575,13 +1574,14 @@ def test_two_processes_hold_the_same_parameters_and_agree_with_one(pairs_file, t
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    for name, value in {**group, "RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    arguments += ["--out_dir", str(tmp_path / "two")]
-    other = subprocess.Popen([sys.executable, "-c", driver, str(tmp_path / "rank1"), *arguments], cwd=HERE,
-                             env={**os.environ, "RANK": "1", "OMP_NUM_THREADS": "1"})
+    two = [*arguments, "--out_dir", str(tmp_path / "two")]
+    other = subprocess.Popen([sys.executable, "-c", driver, str(tmp_path / "rank1"), *two], cwd=HERE,
+                             env={**os.environ, **group, "RANK": "1", "OMP_NUM_THREADS": "1"})
     try:
-        translate.main(arguments)
+        translate.main([*arguments, "--out_dir", str(tmp_path / "one")])      # while the other one is still starting
+        for name, value in {**group, "RANK": "0"}.items():
+            monkeypatch.setenv(name, value)
+        translate.main(two)
         assert other.wait(timeout=60) == 0
     finally:
         other.kill()
