@@ -15,6 +15,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -2110,9 +2111,14 @@ def test_ctrl_c_ends_with_one_line_and_status_130(script, tmp_path, capsys, monk
     data = ["--data", str(tmp_path / "pairs.txt")] if script == "translate" else []     # its toy language takes longer
     monkeypatch.setattr(SCRIPTS[script], "print_first_loss", interrupt)
     monkeypatch.setattr(saliency, "N_FRESH", 20)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--device", "cpu", "--out_dir", str(tmp_path / "out"), *data])
-    with pytest.raises(SystemExit) as stop:
-        attention_script.run(SCRIPTS[script].main)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--steps", "3", "--device", "cpu", "--out_dir",
+                                      str(tmp_path / "out"), *data])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job is deaf to Ctrl-C
+    try:
+        with pytest.raises(SystemExit) as stop:
+            attention_script.run(SCRIPTS[script].main)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stop.value.code == 130 and capsys.readouterr().err == f"\n{script}.py: stopped by Ctrl-C\n"
     assert not os.listdir(tmp_path / "out")      # nothing half written
 
