@@ -1839,6 +1839,16 @@ def test_weights_that_do_not_fit_are_named_by_their_first_key(capsys):
 # saliency.py: the pictures it draws
 
 
+def test_the_shapes_reach_as_far_as_is_said():
+    v, u = torch.meshgrid(*[torch.linspace(-1.5, 1.5, 1001)] * 2, indexing="ij")
+    distances = saliency.shape_distances(u[None], v[None])[0]            # (6, H, W)
+    reach = dict(zip(saliency.CLASSES, (torch.hypot(u, v)[inside].max().item() for inside in distances < 0)))
+    for name in ("star", "triangle", "bars"):
+        said = re.search(rf"{name} ([\d.]+\d)", saliency.shape_distances.__doc__)[1]
+        assert reach.pop(name) == pytest.approx(float(said), abs=0.01)
+    assert max(reach.values()) < 1
+
+
 def test_pictures_are_a_function_of_the_seed():
     (a, a_classes, a_masks), (b, *_), (c, *_) = (saliency.make_pictures(50, torch.Generator().manual_seed(seed))
                                                  for seed in (1, 1, 2))
