@@ -37,7 +37,7 @@ Two things differ from the paper: its positions are sines, ours are learned, and
     python translate.py                                        train on the toy language, in a minute
     python translate.py --test --line=7 --plot                 translate line 7 of it and draw the cross-attention
     python translate.py --text "Ein Hund läuft durch den Schnee."      any text, with weights trained on Multi30k
-    python translate.py --data multi30k                        train on Multi30k, in about two hours
+    python translate.py --data multi30k                        train on Multi30k, in two to three hours
     python translate.py --data multi30k --test                 BLEU, the usual measure, on its test set
     torchrun --nproc_per_node 4 translate.py --data multi30k   train on four GPUs: four copies share every batch
 
