@@ -517,8 +517,9 @@ def main(argv=None):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        check_finite([loss, *model.parameters()], step + 1)
+        check_finite([loss], step + 1)
         report(step + 1, loss=loss.item(), accuracy=accuracy)
+    check_finite(model.parameters(), args.steps)
     with torch.no_grad():
         loss, accuracy, after = look_up(test_query, test_key, test_entry)
     print(f"1,000 fresh dictionaries: loss {loss.item():.4f}, accuracy {accuracy:.4f}")

@@ -158,9 +158,10 @@ def train(args, activation, uniform=False, shorter=True, weight_decay=1e-3, quie
         loss.backward()
         optimizer.step()
         scheduler.step()
-        check_finite([loss, *model.parameters()], step + 1)
+        check_finite([loss], step + 1)
         if not quiet:
             report(step + 1, loss=loss.item(), accuracy=(logits.argmax(dim=-1) == counts).float().mean().item())
+    check_finite(model.parameters(), args.steps)
     return model
 
 

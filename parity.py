@@ -198,11 +198,12 @@ def train(model, strings, parities, args):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        check_finite([loss, *model.parameters()], step + 1)
+        check_finite([loss], step + 1)
         report(step + 1, loss=loss.item(), accuracy=history[-1][2])
         n_low = n_low + 1 if loss < 0.002 else 0
         if n_low == 5:
             break
+    check_finite(model.parameters(), step + 1)
     history.append((step + 1, loss.item(), exact_accuracy(model, args.seq_len)[0]))
     print(f"ended after {step + 1} steps: loss {loss.item():.4f}")
     return history

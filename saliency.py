@@ -291,8 +291,9 @@ def train(model, args):
         loss.backward()
         optimizer.step()
         scheduler.step()
-        check_finite([loss, *model.state_dict().values()], step + 1)
+        check_finite([loss], step + 1)
         report(step + 1, loss=loss.item(), accuracy=(logits.argmax(dim=1) == target).float().mean().item())
+    check_finite(model.state_dict().values(), args.steps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -519,7 +519,7 @@ def test_one_string_per_count():
 # ----------------------------------------------------------------------------------------------------------------------
 # parity.py: training and the sweep
 
-SHORT = ["--seq_len", "5", "--n_samples", "250", "--device", "cpu", "--seed", "1"]
+SHORT = ["--seq_len", "4", "--n_samples", "250", "--device", "cpu", "--seed", "1"]
 
 
 def test_a_short_training_reaches_every_string_and_repeats_itself(tmp_path, capsys, monkeypatch):
@@ -1194,9 +1194,9 @@ def test_pairs_judged_by_hand_occur(pairs):
 
 
 def test_the_parts_of_the_toy_language_share_no_sentence(monkeypatch):
-    monkeypatch.setattr(translate, "N_TOY_LINES", 30000)
+    monkeypatch.setattr(translate, "N_TOY_LINES", 12000)
     parts = {part: translate.load_pairs("toy", part) for part in ("train", "val", "test")}
-    assert len(parts["val"]) > 300 and len(parts["test"]) > 300 and len(parts["train"]) > 20000
+    assert len(parts["val"]) > 100 and len(parts["test"]) > 100 and len(parts["train"]) > 8000
     german = {part: {pair[0] for pair in pairs} for part, pairs in parts.items()}
     assert not german["train"] & german["val"] and not german["train"] & german["test"]
     assert not german["val"] & german["test"] and len(german["test"]) == len(parts["test"])   # each only once
@@ -1497,7 +1497,7 @@ def same_state(a, b):
 
 
 def test_a_short_training_learns_and_its_weights_translate(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(translate, "N_TOY_LINES", 5000)
+    monkeypatch.setattr(translate, "N_TOY_LINES", 3000)
     out = ["--out_dir", str(tmp_path), "--device", "cpu"]
     translate.main([*out, "--steps", "60", "--d_model", "32", "--batch_tokens", "1000", "--beam", "1"])
     shown = capsys.readouterr().out
