@@ -126,7 +126,7 @@ def evaluate(model, vocab_size, length, n_samples=20_000):
 
 
 def train(args, activation, uniform=False, shorter=True, weight_decay=1e-3, quiet=False):
-    """Train one model on fresh random sequences and return it. Of args it takes the sizes, lr, steps and batch_size.
+    """Train one model on fresh random sequences and return it. It takes sizes, lr, steps, batch_size, device from args.
 
     Half of every batch has the full length L, and half a length drawn anew in each step from 1 to L. At a single length
     a model may just as well count what is *not* there, since 3 of one digit are 7 of the others, and then its weights
