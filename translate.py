@@ -1,54 +1,27 @@
-"""How do the pieces make the Transformer of Figure 1, and what does it look at while it translates?
-The encoder reads a German sentence, the decoder writes the English one, token by token, and cross-attention joins them:
-each token that is written looks at the tokens that were read. All of it is here, trained on a real language pair or on
-a toy language that needs no download.
+"""
+Translate German to English with the Transformer of "Attention Is All You Need": encoder, decoder, training, decoding.
 
-                                                          logits (B, T, vocab_size)
-                                                                     ^
-                                                        token embedding, transposed
-                                                                     ^
-                                               +---------------------^----------------------+
-             memory (B, S, d_model) --.        |            + x, then LayerNorm             |
-                     ^                |        |                     ^                      |
-    +----------------^------------+   |        |                FeedForward                 |
-    |       + x, then LayerNorm   |   |        |                     ^                      |
-    |                ^            |   |        |            + x, then LayerNorm             |
-    |           FeedForward       |   |  keys, |                     ^                      |
-    |                ^            |   '-------------> MultiHeadAttention to the source      |
-    |       + x, then LayerNorm   |     values |                     ^                      |
-    |                ^            |            |            + x, then LayerNorm             |
-    |        MultiHeadAttention   |            |                     ^                      |
-    |         to all the source   |            |  MultiHeadAttention to the target so far   |
-    |                ^            |            |                     ^                      |
-    +--- EncoderBlock, n times ---+            +------------ DecoderBlock, n times ---------+
-                     ^                                               ^
-         token + position embedding                      token + position embedding
-                     ^                                               ^
-       source: German, EOS (B, S)                  target: BOS, English so far (B, T)
+The encoder reads the German sentence. The decoder writes the English one token by token, and cross-attention lets every
+token it writes look at the encoded German tokens. Everything is in this file: the model, byte-pair encoding, training
+with teacher forcing and label smoothing, beam search with a cache, BLEU, and heatmaps of the cross-attention.
 
-B sentences at once, with S tokens in the source and T in the target; BOS is a token that begins a translation, EOS one
-that ends a sentence; logits are scores, one for each token that could come next. "+ x": what a part computes is added
-to what came into it (the residual connection); in the code this line ends the class that stands below it. Attention to
-the target is masked, so that no token sees what comes after it: all T tokens of a known translation are learned from at
-once. Attention knows no order, so each place has a learned vector, which is added to that of its token. Source, target
-and output share one embedding, because both languages share their tokens: a name or a number is the same in both.
-Two things differ from the paper: its positions are sines, ours are learned, and its FeedForward is four times as wide.
+There are two data sets. The toy language is generated here: a small German grammar in which der/den, not word order,
+says who does what to whom. It trains in a minute, and because the right source word of every target word is known, we
+can measure how well each attention head aligns. Multi30k is real: 29,000 image descriptions. Weights trained on both
+are in assets/, so everything but training works right after cloning. Weights in out/ take precedence.
 
-    python translate.py                                        train on the toy language, in a minute
-    python translate.py --test --line=7 --plot                 translate line 7 of it and draw the cross-attention
-    python translate.py --text "Ein Hund läuft durch den Schnee."      any text, with weights trained on Multi30k
-    python translate.py --data multi30k                        train on Multi30k, in two to three hours
-    python translate.py --data multi30k --test                 BLEU, the usual measure, on its test set
-    torchrun --nproc_per_node 4 translate.py --data multi30k   train on four GPUs: four copies share every batch
+$ python translate.py                                           # train on the toy language
+$ python translate.py --test --line=7 --plot                    # translate its line 7, plot the cross-attention
+$ python translate.py --test                                    # exact matches, BLEU, alignment of every head
+$ python translate.py --text "Ein Hund läuft durch den Schnee." # any text, with the weights trained on Multi30k
+$ python translate.py --data multi30k                           # train on Multi30k
+$ python translate.py --data multi30k --test                    # BLEU on test_2016_flickr
 
-You will see the loss start near ln(vocabulary), and a sample translation grow from babble to English. The weights of
-both trainings are in assets/, so all else works without training; weights that you train go to out/ and go first.
-
-Vaswani et al. 2017, "Attention Is All You Need" (https://arxiv.org/abs/1706.03762).
+Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762
 """
 
+import argparse
 import collections
-import copy
 import gzip
 import heapq
 import itertools
@@ -57,111 +30,137 @@ import os
 import random
 import re
 import sys
+import time
 import zlib
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 
-from attention import attention, check_finite, download, fail, load, make_parser, number, plot_attention, \
-    print_first_loss, print_result, progress, run, save_weights, start
+from attention import attention, download, parse_args, plot_attention, positive
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The Transformer. B sentences, S source tokens and T target tokens in each, H heads, d_k = d_model / H.
+# The Transformer (section 3 and Figure 1 of the paper)
+#
+#                                                           logits (B, T, vocab_size)
+#                                                                      |
+#                                                         token embedding, transposed
+#                                                                      |
+#                memory (B, S, d_model) --.      +-- DecoderBlock -----|-----------------+
+#                        |                |      |             add & LayerNorm           |
+#    +-- EncoderBlock ---|-------------+  |      |           FeedForward                 |
+#    |             add & LayerNorm     |  |      |             add & LayerNorm           |
+#    |           FeedForward           |  '-------> cross-attention to the source        |
+#    |             add & LayerNorm     |         |             add & LayerNorm           |
+#    |           self-attention        |         |     masked self-attention             |
+#    +-------------------|-------------+         +---------------------|-----------------+
+#           token + position embedding                   token + position embedding
+#                        |                                             |
+#          src: German, EOS  (B, S)                   tgt: BOS, English so far  (B, T)
+#
+# "add": the output of each sublayer is added to its input (residual connection). B sentences in a batch, S source and
+# T target tokens, H heads of width d_k = d_model / H. Differences to the paper: positions are learned instead of
+# sinusoidal, and the FeedForward is twice as wide as the model instead of four times.
 
-PAD, BOS, EOS = 0, 1, 2     # token numbers: fills short sentences up, begins a translation, ends a sentence
+PAD, BOS, EOS = 0, 1, 2     # padding, beginning of sentence, end of sentence
+MAX_LEN = 100               # number of positions
 
 
 class MultiHeadAttention(nn.Module):
-    """All heads at once, then the residual connection and the LayerNorm (section 3.2.2). (B, T, d_model) -> same shape.
+    """Multi-head attention (section 3.2.2): queries from x (B, T, d_model), keys and values from memory (B, S, d_model).
 
-    Also returns the weights (B, H, T, S), or None without `need_weights`. Keys and values come from `keys_and_values`
-    and are passed in: while a sentence is produced token by token (see `beam_search`), they are made once and kept.
+    Returns the output (B, T, d_model) and the weights (B, H, T, S), or None without `need_weights`. For self-attention
+    pass x as memory. `cache` is a dict that holds the keys and values of earlier calls while a sentence is decoded
+    token by token. In self-attention those of the new tokens are appended. In cross-attention the source does not
+    change, so its keys and values are computed once.
+    """
+
+    def __init__(self, d_model, n_heads):
+        super().__init__()
+        assert d_model % n_heads == 0, f"{n_heads} heads do not divide d_model = {d_model}"
+        self.n_heads = n_heads
+        self.w_q = nn.Linear(d_model, d_model)
+        self.w_k = nn.Linear(d_model, d_model)
+        self.w_v = nn.Linear(d_model, d_model)
+        self.w_o = nn.Linear(d_model, d_model)
+
+    def split(self, x):
+        """(B, T, d_model) -> (B, H, T, d_k)."""
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+
+    def forward(self, x, memory, mask=None, cache=None, need_weights=False):
+        query = self.split(self.w_q(x))                                    # (B, H, T, d_k)
+        if cache and self in cache and memory is not x:
+            key, value = cache[self]                                       # (B, H, S, d_k)
+        else:
+            key, value = self.split(self.w_k(memory)), self.split(self.w_v(memory))
+            if cache and self in cache:
+                key, value = (torch.cat([old, new], dim=2) for old, new in zip(cache[self], (key, value)))
+            if cache is not None:
+                cache[self] = key, value
+        output, weights = attention(query, key, value, mask, need_weights=need_weights)   # (B, H, T, d_k)
+        return self.w_o(output.transpose(1, 2).flatten(2)), weights        # (B, T, d_model), (B, H, T, S)
+
+
+class FeedForward(nn.Sequential):
+    """The position-wise feed-forward network (section 3.3). (B, T, d_model) -> (B, T, d_model)."""
+
+    def __init__(self, d_model):
+        super().__init__(nn.Linear(d_model, 2 * d_model), nn.ReLU(), nn.Linear(2 * d_model, d_model))
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention over all source tokens, then the feed-forward network. (B, S, d_model) -> (B, S, d_model)."""
+
+    def __init__(self, d_model, n_heads, dropout):
+        super().__init__()
+        self.self_attention = MultiHeadAttention(d_model, n_heads)
+        self.feed_forward = FeedForward(d_model)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, mask):
+        output, _ = self.self_attention(x, x, mask)
+        x = self.norm1(x + self.dropout(output))
+        return self.norm2(x + self.dropout(self.feed_forward(x)))
+
+
+class DecoderBlock(nn.Module):
+    """Causal self-attention, cross-attention to memory (B, S, d_model), feed-forward. (B, T, d_model) -> same shape.
+
+    Also returns the weights (B, H, T, S) of the cross-attention, or None without `need_weights`.
     """
 
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
-        if d_model % n_heads:
-            raise ValueError(f"{n_heads} heads do not divide a width of {d_model}")
-        self.n_heads = n_heads
-        self.w_q = nn.Linear(d_model, d_model)
-        self.w_kv = nn.Linear(d_model, 2 * d_model)
-        self.w_o = nn.Linear(d_model, d_model)
+        self.self_attention = MultiHeadAttention(d_model, n_heads)
+        self.cross_attention = MultiHeadAttention(d_model, n_heads)
+        self.feed_forward = FeedForward(d_model)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.norm3 = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(d_model)
 
-    def split(self, x):
-        """(B, T, d_model) -> (B, H, T, d_k): head h gets the h-th stretch of the features."""
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)       # (B, H, T, d_k)
-
-    def keys_and_values(self, seen):
-        """The keys and the values, (B, H, S, d_k) each, of the tokens that can be attended to, seen (B, S, d_model)."""
-        key, value = self.w_kv(seen).chunk(2, dim=-1)                    # (B, S, d_model) each
-        return self.split(key), self.split(value)
-
-    def forward(self, x, key, value, mask=None, need_weights=True):
-        query = self.split(self.w_q(x))                                  # (B, H, T, d_k)
-        output, weights = attention(query, key, value, mask, need_weights=need_weights)       # (B, H, T, d_k)
-        output = self.w_o(output.transpose(1, 2).flatten(2))             # (B, T, d_model)
-        return self.norm(x + self.dropout(output)), weights
-
-
-class FeedForward(nn.Module):
-    """An MLP, its hidden layer twice as wide, on each token; residual and LayerNorm. (B, T, d_model) -> same shape."""
-
-    def __init__(self, d_model, dropout):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(d_model, 2 * d_model), nn.ReLU(), nn.Linear(2 * d_model, d_model),
-                                    nn.Dropout(dropout))
-        self.norm = nn.LayerNorm(d_model)
-
-    def forward(self, x):
-        return self.norm(x + self.layers(x))                             # (B, T, d_model)
-
-
-class EncoderBlock(nn.Module):
-    """Every source token looks at all source tokens, then works on what it saw. (B, S, d_model) -> same shape."""
-
-    def __init__(self, d_model, n_heads, dropout):
-        super().__init__()
-        self.self_attention = MultiHeadAttention(d_model, n_heads, dropout)
-        self.feed_forward = FeedForward(d_model, dropout)
-
-    def forward(self, x, mask):
-        key, value = self.self_attention.keys_and_values(x)              # (B, H, S, d_k) each
-        x, _ = self.self_attention(x, key, value, mask, need_weights=False)               # (B, S, d_model)
-        return self.feed_forward(x)                                      # (B, S, d_model)
-
-
-class DecoderBlock(nn.Module):
-    """Every target token looks at the target up to itself, then at the source. (B, T, d_model) -> same shape."""
-
-    def __init__(self, d_model, n_heads, dropout):
-        super().__init__()
-        self.self_attention = MultiHeadAttention(d_model, n_heads, dropout)
-        self.cross_attention = MultiHeadAttention(d_model, n_heads, dropout)
-        self.feed_forward = FeedForward(d_model, dropout)
-
-    def forward(self, x, tgt_mask, src_key, src_value, src_mask, past=None, need_weights=True):
-        """`past`: keys and values of the tokens before x, or None; with those of x added, they are returned as well."""
-        kept = self.self_attention.keys_and_values(x)                    # (B, H, T, d_k) each
-        if past is not None:
-            kept = [torch.cat(both, dim=2) for both in zip(past, kept)]  # (B, H, n_past + T, d_k) each
-        x, _ = self.self_attention(x, *kept, tgt_mask, need_weights=False)                # (B, T, d_model)
-        x, weights = self.cross_attention(x, src_key, src_value, src_mask, need_weights)
-        return self.feed_forward(x), weights, kept                       # (B, T, d_model), (B, H, T, S)
+    def forward(self, x, tgt_mask, memory, src_mask, cache=None, need_weights=False):
+        output, _ = self.self_attention(x, x, tgt_mask, cache)
+        x = self.norm1(x + self.dropout(output))
+        output, weights = self.cross_attention(x, memory, src_mask, cache, need_weights)
+        x = self.norm2(x + self.dropout(output))
+        return self.norm3(x + self.dropout(self.feed_forward(x))), weights
 
 
 class TransformerModel(nn.Module):
-    """Source (B, S) and target (B, T) token numbers -> logits (B, T, vocab_size) of the token after each target token.
+    """Source (B, S) and target (B, T) tokens -> logits (B, T, vocab_size) of the token after each target token.
 
-    Also returns the weights (B, H, T, S) of the last block's cross-attention, or None without `need_weights`.
+    Also returns the cross-attention weights (B, H, T, S) of the last decoder block, or None without `need_weights`.
     """
 
     def __init__(self, vocab_size, max_len, d_model, n_heads, n_enc_layers, n_dec_layers, dropout=0.1):
         super().__init__()
         self.max_len = max_len
-        self.token_embedding = nn.Embedding(vocab_size, d_model)         # shared: source, target, output (section 3.4)
+        self.token_embedding = nn.Embedding(vocab_size, d_model)   # source, target and output share it (section 3.4)
         self.position_embedding = nn.Embedding(max_len, d_model)
         self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(EncoderBlock(d_model, n_heads, dropout) for _ in range(n_enc_layers))
@@ -169,196 +168,158 @@ class TransformerModel(nn.Module):
         for p in self.parameters():
             if p.ndim == 2:
                 nn.init.xavier_uniform_(p)
-        # As output layer the embedding meets d_model features of size 1 each: with this spread logits have size 1 too.
+        # The embedding is also the output layer. A logit is a dot product with d_model features of standard deviation
+        # 1 (they come from a LayerNorm), so with this scale the logits start with standard deviation 1.
         nn.init.normal_(self.token_embedding.weight, std=d_model ** -0.5)
         nn.init.normal_(self.position_embedding.weight, std=0.5)
 
     def embed(self, tokens, start=0):
-        """What the tokens (B, T) are plus where they stand, the first one at position `start`: (B, T, d_model)."""
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)    # (T,)
-        x = self.token_embedding(tokens) * math.sqrt(self.token_embedding.embedding_dim)  # (B, T, d_model)
-        return self.dropout(x + self.position_embedding(positions))      # (B, T, d_model)
+        """Token plus position embeddings (B, T, d_model) of tokens (B, T) at positions start, start + 1, ..."""
+        positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
+        x = self.token_embedding(tokens) * math.sqrt(self.token_embedding.embedding_dim)
+        return self.dropout(x + self.position_embedding(positions))
 
     def encode(self, src):
-        """What the decoder needs of the source: for each of its blocks keys and values, and the mask of the padding.
-
-        That is not `memory` of the figure, but what each block's cross-attention makes of it, once for each sentence.
-        """
-        src_mask = (src != PAD)[:, None, None, :]                        # (B, 1, 1, S)
-        memory = self.embed(src)                                         # (B, S, d_model)
+        """Source tokens (B, S) -> memory (B, S, d_model) and src_mask (B, 1, 1, S), which hides the padding."""
+        src_mask = (src != PAD)[:, None, None, :]
+        x = self.embed(src)
         for block in self.encoder:
-            memory = block(memory, src_mask)                             # (B, S, d_model)
-        return [block.cross_attention.keys_and_values(memory) for block in self.decoder], src_mask
+            x = block(x, src_mask)
+        return x, src_mask
 
-    def decode(self, tgt, encoded, past=None, need_weights=True):
-        """Logits, weights and the keys and values of all target tokens so far, which make the next call's `past`.
+    def decode(self, tgt, memory, src_mask, cache=None, need_weights=False):
+        """Logits (B, T, vocab_size) and a list with the cross-attention weights (B, H, T, S) of every decoder block.
 
-        With `past`, `tgt` holds only the tokens that follow: one at a time costs as much as one token, not T.
+        With a cache (an empty dict at first), `tgt` holds only the tokens that are new since the last call. Each call
+        then costs as much as one token, not as the whole sentence.
         """
-        src_keys_and_values, src_mask = encoded
-        n_past = past[0][0].shape[2] if past else 0
-        n_all = n_past + tgt.shape[1]
-        # No token sees a later one. That hides the padding from all tokens too, since it comes after them.
-        tgt_mask = torch.ones(n_all, n_all, dtype=torch.bool, device=tgt.device).tril()[n_past:]  # (T, n_past + T)
-        x, kept = self.embed(tgt, n_past), []                            # (B, T, d_model)
-        for block, (key, value), before in zip(self.decoder, src_keys_and_values, past or [None] * len(self.decoder)):
-            x, weights, now = block(x, tgt_mask, key, value, src_mask, before, need_weights)
-            kept.append(now)
-        return F.linear(x, self.token_embedding.weight), weights, kept   # (B, T, vocab_size), (B, H, T, S)
+        start = cache[self.decoder[0].self_attention][0].size(2) if cache else 0
+        # The causal mask, True = may attend: row i is the query at position i. All T positions train in parallel
+        # (teacher forcing), and none of them sees the tokens it has to predict.     1 0 0 0
+        # It also hides the padding, which comes after all real tokens. With a       1 1 0 0
+        # cache only the rows of the new tokens are computed: the last row, if       1 1 1 0
+        # three of these four tokens are in the cache.                               1 1 1 1
+        T = start + tgt.size(1)
+        tgt_mask = torch.ones(T, T, dtype=torch.bool, device=tgt.device).tril()[start:]
+        x, weights = self.embed(tgt, start), []
+        for block in self.decoder:
+            x, block_weights = block(x, tgt_mask, memory, src_mask, cache, need_weights)
+            weights.append(block_weights)
+        return F.linear(x, self.token_embedding.weight), weights
 
     def forward(self, src, tgt, need_weights=True):
-        logits, weights, _ = self.decode(tgt, self.encode(src), need_weights=need_weights)
-        return logits, weights                                           # (B, T, vocab_size), (B, H, T, S)
+        logits, weights = self.decode(tgt, *self.encode(src), need_weights=need_weights)
+        return logits, weights[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The toy language. German shows by the *ending* who does what to whom, English by the *place*. The German verb stands
-# second, after the subject, an adverb or the object; an infinitive or a participle goes to the very end:
+# The toy language
+#
+# German marks who does what to whom by the *article*, English by the *order*. In German the finite verb is the second
+# element, and a participle or infinitive comes last:
 #
 #     Der Mann sieht den Hund.                      The man sees the dog.
 #     Den Mann sieht der Hund.                      The dog sees the man.
-#     Heute sieht die Ärztin einen Mann.            Today the doctor sees a man.
-#     Der Mann kann einen Hund sehen.               The man can see a dog.
-#     Die Königin hat gestern den Hund gesehen.     The queen saw the dog yesterday.
+#     Gestern hat die Ärztin einen Vogel gehört.    Yesterday the doctor heard a bird.
+#     Das alte Pferd kann morgen den Esel wecken.   The old horse can wake the donkey tomorrow.
 #
-# Each German sentence has exactly one English one, so answers can be compared word for word. What could be read in two
-# ways is left out: "sie" as object or plural, "er" and "sie" for things, "groß" of people (big or tall?), an object in
-# front that looks like a subject. So are nouns such as Junge, which change as objects (den Jungen).
+# Every German sentence has exactly one translation, so translations can be compared word for word. Only an object that
+# is masculine ("den", not "der") may come first: "Die Frau sieht das Kind" would be ambiguous otherwise.
 
-N_TOY_LINES = 209_773  # any number would do; this one is the size of a well-known corpus of real sentence pairs
+N_TOY_LINES = 209_773  # the size of a popular collection of German-English sentence pairs
 
-# Kinds keep the sentences sensible: p person, c child, a animal, f food, d drink, b book, l letter, t thing.
-Noun = collections.namedtuple("Noun", "german gender english kind")
-NOUNS = {kind: [Noun(*word.split(), kind) for word in words.split(", ")] for kind, words in {
-    "p": "Frau f woman, Ärztin f doctor, Mann m man, Königin f queen, Lehrer m teacher, Sängerin f singer, "
-         "Ingenieur m engineer, König m king, Bäcker m baker, Künstlerin f artist",
-    "a": "Katze f cat, Vogel m bird, Maus f mouse, Hund m dog, Pferd n horse, Esel m donkey, Schaf n sheep, "
-         "Fuchs m fox",
-    "f": "Apfel m apple, Kuchen m cake, Tomate f tomato, Orange f orange, Ei n egg",
-    "t": "Stuhl m chair, Regenschirm m umbrella, Lampe f lamp, Tasche f bag, Fahrrad n bicycle, Auto n car",
-    "c": "Kind n child, Mädchen n girl", "d": "Kaffee m coffee, Tee m tea, Limonade f lemonade",
-    "b": "Buch n book, Roman m novel, Zeitung f newspaper", "l": "Brief m letter, Postkarte f postcard, Gedicht n poem",
-}.items()}
-ADJECTIVES = {kind: [word.split()[:2] for word in (  # German without its ending, English, the kinds it goes with
-    "alt old pabt, jung young pca, klug clever pca, müd tired pca, hungrig hungry pca, ehrlich honest pc, "
-    "klein little cat, groß big aft, frisch fresh f, kalt cold d, rot red t, nützlich useful t, neu new blt, "
-    "interessant interesting bl").split(", ") if kind in word.split()[2]] for kind in NOUNS}
-ARTICLES = {  # each with the ending of an adjective after it: a subject's a and the, an object's a and the
-    "m": (("ein", "er"), ("der", "e"), ("einen", "en"), ("den", "en")),
-    "f": (("eine", "e"), ("die", "e"), ("eine", "e"), ("die", "e")),
-    "n": (("ein", "es"), ("das", "e"), ("ein", "es"), ("das", "e"))}
-# Pronouns come with the place of their form in the tables of verbs; noun phrases take that of er and sie, the third.
-PRONOUNS = [("ich", "I", 0), ("du", "you", 1), ("er", "he", 2), ("sie", "she", 2), ("wir", "we", 3)]
-AUXILIARIES = {"haben": ("habe", "hast", "hat", "haben"), "sein": ("bin", "bist", "ist", "sind")}
-MODALS = [(("will", "willst", "will", "wollen"), "want to", "wants to"),
-          (("kann", "kannst", "kann", "können"), "can", "can"),
-          (("muss", "musst", "muss", "müssen"), "have to", "has to")]
-# Each frame: the word that a verb must have in its last column ("": any verb will do), the form that the verb takes, a
-# German adverb and its English. Only states such as seeing go with heute in the present: of the others English says "is
-# ...ing" today.
-FRAMES = [
-    ("", "perfect", "", ""), ("adverbs", "perfect", "gestern", "yesterday"),
-    ("adverbs", "future", "morgen", "tomorrow"), ("modals", "modal", "", ""), ("modals", "modal", "heute", "today"),
-    ("heute", "present", "heute", "today"), ("adverbs", "habit", "oft", "often"),
-    ("adverbs", "habit", "manchmal", "sometimes"), ("adverbs", "habit", "selten", "rarely"),
-    *[("", "present", "", "")] * 3]  # three times, for it is the most common
-# Infinitive, forms for du and for er, auxiliary, participle; English and its past; kinds of subject and of object; and
-# what the verb is fit for: some of the frames, and "again", which can be done to one object many times (one often reads
-# *the* letter, but eats *the* apple once).
-VERBS = []
-for line in """\
-kennen     kennst      kennt     haben gekannt     | know   knew     | pca | pca     |
-sehen      siehst      sieht     haben gesehen     | see    saw      | pca | pcat    | modals adverbs heute again
-hören      hörst       hört      haben gehört      | hear   heard    | pca | pca     | adverbs heute again
-brauchen   brauchst    braucht   haben gebraucht   | need   needed   | pc  | bt      | adverbs heute again
-lesen      liest       liest     haben gelesen     | read   read     | pc  | bl      | modals adverbs again
-besuchen   besuchst    besucht   haben besucht     | visit  visited  | pc  | p       | modals adverbs again
-zeichnen   zeichnest   zeichnet  haben gezeichnet  | draw   drew     | pc  | pca     | modals adverbs again
-reparieren reparierst  repariert haben repariert   | repair repaired | p   | t       | modals adverbs again
-schreiben  schreibst   schreibt  haben geschrieben | write  wrote    | pc  | l       | modals adverbs
-kaufen     kaufst      kauft     haben gekauft     | buy    bought   | p   | fbt     | modals adverbs
-finden     findest     findet    haben gefunden    | find   found    | pca | afblt   | modals adverbs
-essen      isst        isst      haben gegessen    | eat    ate      | pc  | f       | modals adverbs
-fressen    frisst      frisst    haben gefressen   | eat    ate      | a   | f       | modals adverbs
-trinken    trinkst     trinkt    haben getrunken   | drink  drank    | p   | d       | modals adverbs
-schlafen   schläfst    schläft   haben geschlafen  | sleep  slept    | pca |         | modals
-arbeiten   arbeitest   arbeitet  haben gearbeitet  | work   worked   | p   |         | modals adverbs
-kommen     kommst      kommt     sein  gekommen    | come   came     | pca |         | modals adverbs
-schwimmen  schwimmst   schwimmt  sein  geschwommen | swim   swam     | pca |         | modals adverbs
-""".splitlines():
-    german, english, *kinds, uses = [column.split() for column in line.split("|")]
-    subjects, objects = ([noun for kind in "".join(column) for noun in NOUNS[kind]] for column in kinds)
-    VERBS.append((german, english, subjects, objects, [frame for frame in FRAMES if frame[0] in ("", *uses)], uses))
+NOUNS = {kind: [entry.split() for entry in entries.split(", ")] for kind, entries in {    # German, gender, English
+    "person": "König m king, Lehrer m teacher, Mann m man, Bäcker m baker, Ingenieur m engineer, Frau f woman, "
+              "Ärztin f doctor, Königin f queen, Künstlerin f artist, Kind n child, Mädchen n girl",
+    "animal": "Hund m dog, Vogel m bird, Fuchs m fox, Esel m donkey, Katze f cat, Maus f mouse, Ziege f goat, "
+              "Pferd n horse, Schaf n sheep",
+    "thing": "Lampe f lamp, Uhr f clock, Tasche f bag, Gitarre f guitar, Stuhl m chair, Koffer m suitcase, "
+             "Regenschirm m umbrella, Fahrrad n bicycle, Radio n radio, Boot n boat"}.items()}
+ADJECTIVES = {kind: [entry.split() for entry in entries.split(", ")] for kind, entries in {       # stem, English
+    "person": "jung young, müd tired, klug clever, hungrig hungry, freundlich friendly",
+    "animal": "alt old, jung young, klein small, groß big, hungrig hungry",
+    "thing": "alt old, neu new, klein small, groß big, rot red, schwer heavy"}.items()}
+ARTICLES = {  # by gender: article and adjective ending of an indefinite and a definite subject, and of such an object
+    "m": {"subject": [("ein", "er"), ("der", "e")], "object": [("einen", "en"), ("den", "en")]},
+    "f": {"subject": [("eine", "e"), ("die", "e")], "object": [("eine", "e"), ("die", "e")]},
+    "n": {"subject": [("ein", "es"), ("das", "e")], "object": [("ein", "es"), ("das", "e")]}}
+VERBS = [line.split() for line in """\
+    sieht        sehen         gesehen      see        sees        saw          person,animal  person,animal,thing
+    hört         hören         gehört       hear       hears       heard        person,animal  person,animal
+    findet       finden        gefunden     find       finds       found        person,animal  person,animal,thing
+    besucht      besuchen      besucht      visit      visits      visited      person         person
+    jagt         jagen         gejagt       chase      chases      chased       animal         person,animal
+    weckt        wecken        geweckt      wake       wakes       woke         person,animal  person,animal
+    malt         malen         gemalt       paint      paints      painted      person         person,animal,thing
+    fotografiert fotografieren fotografiert photograph photographs photographed person         person,animal,thing
+    trägt        tragen        getragen     carry      carries     carried      person         thing
+    kauft        kaufen        gekauft      buy        buys        bought       person         animal,thing
+    verkauft     verkaufen     verkauft     sell       sells       sold         person         animal,thing
+    repariert    reparieren    repariert    repair     repairs     repaired     person         thing""".split("\n")]
 
 
 def toy_pair(n):
-    """Line n (1 to N_TOY_LINES) of the toy language: a German sentence and its English translation.
+    """Line n (1 to N_TOY_LINES) of the toy language: a German sentence, its translation, and the word alignment.
 
-    Every choice comes from `random.Random(n).random()`, which every version of Python computes alike.
+    The alignment lists, for every English word, the indices of its German words. The full stops are words, too.
     """
-    draw = random.Random(n).random
+    draw = random.Random(n).random  # a sequence that is the same in every version of Python
 
     def pick(options):
-        """A random one of the options."""
+        """A random element of a list."""
         return options[int(draw() * len(options))]
 
-    def noun_phrase(noun, is_object, definite):
-        """Article, perhaps an adjective, and noun, in German and in English."""
-        german, english = noun.german, noun.english
-        article, ending = ARTICLES[noun.gender][2 * is_object + definite]
+    def noun_phrase(role, noun, kind, definite):
+        """(slot, German word, English word) of the article, perhaps an adjective, and the noun."""
+        german, gender, english = noun
+        article, ending = ARTICLES[gender][role][definite]
+        words = [(f"{role} noun", german, english)]
         if draw() < 0.4:
-            adjective, meaning = pick(ADJECTIVES[noun.kind])
-            german, english = f"{adjective}{ending} {german}", f"{meaning} {english}"
-        a = "an" if english.startswith(("a", "e", "i", "o", "um", "hon")) else "a"  # an umbrella, a useful bag
-        return f"{article} {german}", f"{'the' if definite else a} {english}"
+            stem, english = pick(ADJECTIVES[kind])
+            words.insert(0, (f"{role} adjective", stem + ending, english))
+        a = "an" if english[0] in "aeiou" else "a"
+        return [(f"{role} article", article, "the" if definite else a), *words]
 
-    (infinitive, du, er, auxiliary, participle), (base, past_tense), subjects, objects, frames, uses = pick(VERBS)
-    _, form, adverb, english_adverb = pick(frames)
-    noun, definite = pick(subjects), draw() < 0.6
-    person = 2                                  # where the verb's form stands in the tables: that of er, sie and nouns
-    if noun.kind == "p" and draw() < 0.4:
-        (subject, english_subject, person), definite = pick(PRONOUNS), True
-    else:
-        subject, english_subject = noun_phrase(noun, False, definite)
-    object_, english_object, fronts = "", "", ["subject"] + ["adverb"] * bool(adverb)
-    if objects:
-        thing = pick([other for other in objects if other != noun])
-        definite_thing = draw() < 0.6 and (form != "habit" or "again" in uses)
-        object_, english_object = noun_phrase(thing, True, definite_thing)
-        if thing.gender == "m" and (definite or definite_thing):  # "Einen Hund sieht ein Mann." would sound odd
-            fronts.insert(0, "object")
+    present, infinitive, participle, base, third_person, past, subject_kinds, object_kinds = pick(VERBS)
+    kind, definite = pick(subject_kinds.split(",")), draw() < 0.7
+    subject_noun = pick(NOUNS[kind])
+    subject = noun_phrase("subject", subject_noun, kind, definite)
+    kind = pick(object_kinds.split(","))
+    object_noun = pick([noun for noun in NOUNS[kind] if noun != subject_noun])
+    object_ = noun_phrase("object", object_noun, kind, draw() < 0.7)
+    finite, last, english_verb, adverbs = pick([
+        ("hat", [("last", participle)], [("finite+last", past)], ["gestern yesterday", ""]),
+        (present, [], [("finite", third_person)], [""]),
+        ("kann", [("last", infinitive)], [("finite", "can"), ("last", base)], ["heute today", "morgen tomorrow", ""])])
+    adverb = pick(adverbs).split()
+    adverb = [("adverb", *adverb)] if adverb else []
 
-    if form == "modal":
-        forms, want, wants = pick(MODALS)
-        finite, last, english_verb = forms[person], infinitive, f"{wants if person == 2 else want} {base}"
-    elif form == "perfect":
-        finite, last, english_verb = AUXILIARIES[auxiliary][person], participle, past_tense
-    else:
-        finite, last = (infinitive[:-1], du, er, infinitive)[person], ""
-        english_verb = f"will {base}" if form == "future" else base + "s" * (person == 2)
-    if form == "habit":  # often goes before the verb; other adverbs go first if the German ones do, else last
-        english_verb, english_adverb = f"{english_adverb} {english_verb}", ""
-
-    parts, first = {"subject": subject, "adverb": adverb, "object": object_}, pick(fronts)    # in this order
-    if first == "object" and not definite:  # "Den Hund sieht oft ein Mann.": what is new comes after the adverb
-        parts = {"adverb": adverb, **parts}
-    german = [parts.pop(first), finite, *parts.values(), last]
-    english = [english_subject, english_verb, english_object]
-    english.insert(0 if first == "adverb" else 3, english_adverb)
-    german, english = (" ".join(filter(None, words)) for words in (german, english))
-    return german[0].upper() + german[1:] + ".", english[0].upper() + english[1:] + "."
+    first = pick(["subject"] + ["object"] * (object_noun[1] == "m" and definite) + ["adverb"] * len(adverb))
+    parts = {"subject": subject, "adverb": adverb, "object": object_}
+    german = [*parts.pop(first), ("finite", finite), *itertools.chain(*parts.values()), *last, (".", ".")]
+    english = [*subject, *english_verb, *object_]
+    english = [*adverb, *english, (".", ".")] if first == "adverb" else [*english, *adverb, (".", ".")]
+    index = {slot: i for i, (slot, *_) in enumerate(german)}
+    alignment = [[index[slot] for slot in slots.split("+")] for slots, *_ in english]
+    german, english = (" ".join(words[:-1]) + "." for words in ([w[1] for w in german], [w[-1] for w in english]))
+    return german[0].upper() + german[1:], english[0].upper() + english[1:], alignment
 
 
-def toy_part(german):
-    """Where a German sentence of the toy language belongs: 1 in 64 each to "test" and "val", the others to "train".
+def toy_lines(part, n_lines):
+    """The lines of a part of the toy language, among the first `n_lines`, as triples of `toy_pair`.
 
-    It is the sentence that decides, since several lines may say the same: none that is tested occurs in training.
+    "val" and "test" get 1 in 32 German sentences each, "train" the others. A hash of the German sentence decides, so
+    repeated lines are in the same part; each is returned once.
     """
-    return {7: "test", 39: "val"}.get(zlib.crc32(german.encode()) % 64, "train")      # with 7, line 7 is in "test"
+    lines = {}
+    for triple in map(toy_pair, range(1, n_lines + 1)):
+        if {0: "test", 1: "val"}.get(zlib.crc32(triple[0].encode()) % 32, "train") == part:
+            lines[triple[0]] = triple
+    return list(lines.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sentences: the real corpus, and a file of your own
+# Multi30k, and text files of your own
 
 MULTI30K_URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
 MULTI30K_SHA256 = {
@@ -371,119 +332,70 @@ MULTI30K_SHA256 = {
 
 
 def multi30k_pairs(part):
-    """The (German, English) pairs of "train", "val" or "test" of Multi30k (Elliott et al. 2016, arXiv 1605.00459)."""
-    columns = []
+    """(German, English) pairs of the part "train", "val" or "test" (test_2016_flickr) of Multi30k.
+
+    Elliott et al. 2016, "Multi30K: Multilingual English-German Image Descriptions", https://arxiv.org/abs/1605.00459
+    """
+    texts = []
     for language in ("de", "en"):
         name = f"{'test_2016_flickr' if part == 'test' else part}.{language}.gz"
-        content = download(MULTI30K_URL + name, os.path.join("data", "multi30k", name), MULTI30K_SHA256[name])
-        columns.append([line.strip() for line in gzip.decompress(content).decode().strip("\n").split("\n")])
-    return list(zip(*columns))
+        path = os.path.join("data", "multi30k", name)
+        download(MULTI30K_URL + name, path, MULTI30K_SHA256[name])
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            texts.append([line.strip() for line in file])
+    return list(zip(*texts))
 
 
 def file_pairs(path):
-    """The (German, English) pairs of a UTF-8 file: English, a tab and German in each line, further columns ignored."""
+    """(German, English) pairs of a UTF-8 text file; a line is English, a tab, German; further columns are ignored."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             lines = file.read().rstrip("\n").split("\n")
-    except OSError as error:
-        fail(f"argument --data: takes toy, multi30k or a file; cannot read {path} ({error.strerror})")
-    except UnicodeDecodeError as error:
-        fail(f"{path} is not UTF-8 (byte {error.start})")
-    if lines == [""]:
-        fail(f"{path} is empty")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"cannot read {path}: {error}")
     pairs = []
-    for n, line in enumerate(lines, 1):
-        english, german = ([part.strip() for part in line.split("\t")] + [""])[:2]
-        if not english or not german:
-            fail(f"line {n} of {path} is not English, a tab and German: {line[:40]!r}")
+    for n, line in enumerate(lines, start=1):
+        english, german = ([column.strip() for column in line.split("\t")] + [""])[:2]
+        if not (english and german):
+            sys.exit(f"{path}, line {n}: expected English, a tab and German, found {line[:40]!r}")
         pairs.append((german, english))
     return pairs
 
 
 def load_pairs(data, part):
-    """The (German, English) pairs of a part, "train", "val" or "test", of the toy language, Multi30k or a file.
-
-    In the toy language and in a file no German sentence is in two parts.
-    """
-    if data == "multi30k":
-        return multi30k_pairs(part)                                      # its authors made the parts
+    """(German, English) pairs of the part "train", "val" or "test" of "toy", "multi30k" or a text file."""
     if data == "toy":
-        pairs = (pair for pair in map(toy_pair, range(1, N_TOY_LINES + 1)) if toy_part(pair[0]) == part)
-        n_lines = {"train": None, "val": 500, "test": 2000}[part]        # None: all
-        return [*dict.fromkeys(itertools.islice(pairs, n_lines))]        # each sentence once
+        n_lines = {"train": 100_000, "val": 10_000, "test": 40_000}[part]
+        return [(german, english) for german, english, _ in toy_lines(part, n_lines)]
+    if data == "multi30k":
+        return multi30k_pairs(part)
+    # A hash sorts the German sentences of a file; the first 5 % are the test part, the next 5 % the validation part.
     pairs = file_pairs(data)
     sentences = sorted({german for german, _ in pairs}, key=lambda german: (zlib.crc32(german.encode()), german))
-    n = min(1000, math.ceil(len(sentences) / 20))
     if len(sentences) < 3:
-        fail(f"{data} needs at least 3 different German sentences: to train, to validate and to test")
-    wanted = set({"test": sentences[:n], "val": sentences[n:2 * n], "train": sentences[2 * n:]}[part])
-    return [pair for pair in pairs if pair[0] in wanted]
-
-
-def line_pair(data, n):
-    """The (German, English) pair in line n, from 1, of the toy language, the test set of Multi30k, or a file."""
-    pairs = [] if data == "toy" else multi30k_pairs("test") if data == "multi30k" else file_pairs(data)
-    n_lines = len(pairs) or N_TOY_LINES
-    if not 1 <= n <= n_lines:
-        fail(f"argument --line: takes a line from 1 to {n_lines} of {data}, not {n}")
-    return pairs[n - 1] if pairs else toy_pair(n)
+        sys.exit(f"{data} needs at least 3 different German sentences: to train, to validate and to test")
+    n = min(1000, math.ceil(len(sentences) / 20))
+    chosen = set({"test": sentences[:n], "val": sentences[n:2 * n], "train": sentences[2 * n:]}[part])
+    return [pair for pair in pairs if pair[0] in chosen]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokens: byte-pair encoding
+# Tokens: byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909)
 #
-# Any text is bytes, so 256 tokens can write everything. Frequent neighbours are then merged into one token, again and
-# again (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909): " H" "u" "n" "d" becomes " Hund".
+# Every text is a sequence of bytes, so 256 tokens can represent any of them. Then the most frequent pair of adjacent
+# tokens becomes a new token, again and again, until frequent words are single tokens: " H" "und" becomes " Hund".
 
-WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")      # merges stay within a word; the space before it is part of it
-FIRST_BYTE = EOS + 1                            # the tokens: PAD, BOS, EOS, the 256 bytes, one for each merge
-
-
-class Tokenizer:
-    """Text to token numbers and back, without loss for every str. `merges`: pairs of token numbers, in order."""
-
-    def __init__(self, merges):
-        self.merges = [tuple(pair) for pair in merges]
-        self.rank = {pair: n for n, pair in enumerate(self.merges)}
-        self.pieces = [b""] * FIRST_BYTE + [bytes([b]) for b in range(256)]                # what each token spells
-        for left, right in self.merges:
-            self.pieces.append(self.pieces[left] + self.pieces[right])
-        self.known = {}                                                  # words that were encoded before
-
-    def encode(self, text):
-        """Text -> a list of token numbers."""
-        tokens = []
-        for word in WORD.findall(text):
-            tokens += self.known.get(word) or self.encode_word(word)
-        return tokens
-
-    def encode_word(self, word):
-        """The tokens of one word: its bytes, merged in the order in which the merges were learned."""
-        tokens = word_bytes(word)
-        while len(tokens) > 1:
-            pair = min(zip(tokens, tokens[1:]), key=lambda pair: self.rank.get(pair, math.inf))
-            if pair not in self.rank:
-                break
-            tokens = merge(tokens, pair, FIRST_BYTE + 256 + self.rank[pair])
-        self.known[word] = tokens
-        return tokens
-
-    def decode(self, tokens):
-        """The text that the tokens spell; what is not UTF-8 (a model may produce that) shows as a question mark."""
-        spelled = b"".join(self.pieces[token] for token in tokens)
-        try:
-            return spelled.decode("utf-8", "surrogatepass")
-        except UnicodeDecodeError:
-            return spelled.decode("utf-8", "replace")
+WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")      # merges stay within a word; the space before a word belongs to it
+FIRST_BYTE = EOS + 1                            # tokens: PAD, BOS, EOS, the 256 bytes, then one for each merge
 
 
 def word_bytes(word):
-    """One token for each byte."""
+    """The tokens of a word before any merge: its UTF-8 bytes. Lone surrogates, which UTF-8 excludes, are kept."""
     return [FIRST_BYTE + byte for byte in word.encode("utf-8", "surrogatepass")]
 
 
 def merge(tokens, pair, token):
-    """The list `tokens` with `token` in place of every occurrence of `pair`."""
+    """Replace every occurrence of the pair in the list of tokens by `token`."""
     merged = []
     for t in tokens:
         if merged and (merged[-1], t) == pair:
@@ -494,10 +406,10 @@ def merge(tokens, pair, token):
 
 
 def learn_merges(texts, n_merges):
-    """The pairs to merge: each time the most frequent pair of neighbours, the first in order among equals.
+    """The `n_merges` pairs to merge, in order. Stops early when no pair occurs twice.
 
-    Counting all pairs again after each merge would take hours. Instead each distinct word is kept once, with how often
-    it occurs; a merge touches only the words that contain the pair, and updates only their counts.
+    Counting all pairs again after each merge would be slow. Instead each distinct word is stored once, with its
+    frequency, and a merge updates only the counts of the words that contain the pair.
     """
     frequency = collections.Counter(word for text in texts for word in WORD.findall(text))
     words = [(word_bytes(word), n) for word, n in frequency.items()]
@@ -510,8 +422,8 @@ def learn_merges(texts, n_merges):
     heapq.heapify(heap)
     merges = []
     while heap and len(merges) < n_merges:
-        minus_n, pair = heapq.heappop(heap)     # the smallest: that is why the counts are negative
-        if counts[pair] != -minus_n or minus_n > -2:    # an entry that is out of date, or a pair that occurs once
+        n, pair = heapq.heappop(heap)           # heapq pops the smallest, so the counts in it are negative
+        if counts[pair] != -n or n > -2:        # an outdated entry, or a pair that occurs once
             continue
         token, changed = FIRST_BYTE + 256 + len(merges), set()
         merges.append(pair)
@@ -530,78 +442,102 @@ def learn_merges(texts, n_merges):
     return merges
 
 
+class Tokenizer:
+    """Text to tokens and back, lossless for every str. `merges` is a list of pairs of tokens, in order."""
+
+    def __init__(self, merges):
+        self.merges = [tuple(pair) for pair in merges]
+        self.rank = {pair: n for n, pair in enumerate(self.merges)}
+        self.pieces = [b""] * FIRST_BYTE + [bytes([b]) for b in range(256)]                # the bytes of each token
+        for left, right in self.merges:
+            self.pieces.append(self.pieces[left] + self.pieces[right])
+        self.encoded = {}                                                # words seen before, with their tokens
+
+    def encode_word(self, word):
+        """The tokens of one word: its bytes, merged in the order in which the merges were learned."""
+        if word not in self.encoded:
+            tokens = word_bytes(word)
+            while pairs := [pair for pair in zip(tokens, tokens[1:]) if pair in self.rank]:
+                pair = min(pairs, key=self.rank.get)
+                tokens = merge(tokens, pair, FIRST_BYTE + 256 + self.rank[pair])
+            self.encoded[word] = tokens
+        return self.encoded[word]
+
+    def encode(self, text):
+        """The tokens of a text, a list of ints."""
+        return [token for word in WORD.findall(text) for token in self.encode_word(word)]
+
+    def decode(self, tokens):
+        """The text of a list of tokens. Invalid UTF-8, which a model may produce, is replaced by question marks."""
+        spelled = b"".join(self.pieces[token] for token in tokens)
+        try:
+            return spelled.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            return spelled.decode("utf-8", "replace")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Training: batches, loss, learning rate
+# Batches, loss, learning rate
 
 
 def make_batches(examples, batch_tokens, seed):
-    """Endless lists of row numbers: sentences of similar lengths, together about `batch_tokens` tokens with padding.
+    """Batches without end: lists of indices of examples (src, tgt), about `batch_tokens` tokens with padding.
 
-    An example is two lists of tokens: the source with EOS at its end, and the target between BOS and EOS.
-    Rows are sorted by length, so hardly any padding is needed, with some noise, so that no two epochs have the same
-    batches. All follows from the seed: a run that was interrupted finds its place again by skipping what it had done.
+    Sentences of similar length are in the same batch, so there is little padding. Random noise is added to the lengths
+    before sorting, so every epoch has different batches. All of it follows from the seed, so a resumed training finds
+    its place by skipping the batches it has already seen.
     """
     for epoch in itertools.count():
         rng = random.Random(seed + epoch)
-        order = sorted((int(len(tgt) + 2 * rng.random()), len(src), row) for row, (src, tgt) in enumerate(examples))
+        order = sorted((int(len(tgt) + 2 * rng.random()), len(src), i) for i, (src, tgt) in enumerate(examples))
         batches, longest = [[]], 0
-        for _, _, row in order:
-            size = len(examples[row][0]) + len(examples[row][1])
+        for _, _, i in order:
+            size = len(examples[i][0]) + len(examples[i][1])
             longest = max(longest, size)
             if batches[-1] and longest * (len(batches[-1]) + 1) > batch_tokens:
                 batches.append([])
                 longest = size
-            batches[-1].append(row)
+            batches[-1].append(i)
         rng.shuffle(batches)
         yield from batches
 
 
 def pad(rows, device):
-    """Lists of token numbers -> a tensor (B, T), the shorter ones filled up with PAD."""
+    """Lists of tokens -> a tensor (B, T); shorter rows are filled with PAD."""
     longest = max(map(len, rows))
-    return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows], device=device)            # (B, T)
+    return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows], device=device)
 
 
-def logits_and_wanted(model, examples, device):
-    """The logits (B * T, vocab_size) and the tokens wanted (B * T,): at each place of the target the one after it."""
+def batch_loss(model, examples, device, label_smoothing=0.0):
+    """Cross-entropy of the target tokens of a batch, summed over the tokens that are not padding.
+
+    The decoder reads tgt without its last token and predicts tgt without its first (teacher forcing). With label
+    smoothing (section 5.4) the target distribution gives the right token 1 - label_smoothing and spreads the rest over
+    all tokens. That keeps the model from becoming overconfident. It also raises the loss: the best possible prediction
+    no longer has loss 0, but the entropy of that distribution.
+    """
     src, tgt = (pad(side, device) for side in zip(*examples))            # (B, S), (B, T + 1)
     logits, _ = model(src, tgt[:, :-1], need_weights=False)              # (B, T, vocab_size)
-    return logits.float().flatten(0, 1), tgt[:, 1:].flatten()            # (B * T, vocab_size), (B * T,)
-
-
-def loss_sum(logits, wanted, smoothing=0.0):
-    """Cross-entropy summed over the tokens wanted that are not padding.
-
-    With label smoothing the right token shall have probability 1 - smoothing, and all tokens share the rest: that keeps
-    a model from being too sure of itself (section 5.4). It learns with 0.1; a loss that is reported has none.
-    """
-    return F.cross_entropy(logits, wanted, ignore_index=PAD, reduction="sum", label_smoothing=smoothing)
+    return F.cross_entropy(logits.float().flatten(0, 1), tgt[:, 1:].flatten(), ignore_index=PAD, reduction="sum",
+                           label_smoothing=label_smoothing)
 
 
 @torch.no_grad()
-def validation_losses(model, examples, device):
-    """The mean loss of the target tokens of all examples: plain, to report, and smoothed, to choose by.
-
-    A perfect model has learned to say 0.9 when it is sure, so its plain loss is -ln 0.9 = 0.105. One that is surer than
-    that has a lower plain loss, though it is worse by what was asked of it.
-    """
+def validation_loss(model, examples, device):
+    """The mean cross-entropy of all target tokens, without label smoothing and dropout."""
+    model.eval()
     examples = sorted(examples, key=lambda example: len(example[1]))     # similar lengths, little padding
-    total = torch.zeros(2)
-    for i in range(0, len(examples), 64):
-        both = logits_and_wanted(model, examples[i:i + 64], device)
-        total += torch.stack([loss_sum(*both), loss_sum(*both, smoothing=0.1)]).cpu()                # (2,)
-    return (total / sum(len(tgt) - 1 for _, tgt in examples)).tolist()
+    total = sum(batch_loss(model, examples[i:i + 64], device).item() for i in range(0, len(examples), 64))
+    model.train()
+    return total / sum(len(tgt) - 1 for _, tgt in examples)
 
 
-def learning_rate(step, steps, highest):
-    """Rises in a straight line for a tenth of the steps, at most 1,000, then falls along a cosine to zero.
-
-    It begins small because Adam's first averages rest on too few gradients to be trusted.
-    """
-    rising = max(1, min(steps // 10, 1000))
-    if step < rising:
-        return highest * (step + 1) / rising
-    return highest * (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
+def learning_rate(step, steps, peak):
+    """Linear warm-up over a tenth of the steps (1,000 at most), then cosine decay to zero."""
+    warmup = max(1, min(steps // 10, 1000))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -609,55 +545,56 @@ def learning_rate(step, steps, highest):
 
 
 @torch.no_grad()
-def translate(model, tokenizer, sentences, beam=1, report=None):
-    """The translations of a list of strings, in batches; `report(n)` is called when n are done."""
-    device = model.token_embedding.weight.device
-    sources = [tokenizer.encode(sentence) + [EOS] for sentence in sentences]
-    order = sorted(range(len(sources)), key=lambda row: len(sources[row]))   # similar lengths end at similar times
-    translations = [""] * len(sources)
-    for i in range(0, len(order), 64):
-        rows = order[i:i + 64]
-        produced = beam_search(model, pad([sources[row] for row in rows], device), beam)
-        for row, produced_tokens in zip(rows, produced.tolist()):
-            translations[row] = tokenizer.decode(produced_tokens)
-        if report:
-            report(i + len(rows))
-    return translations
-
-
 def beam_search(model, src, beam, length_penalty=1.0):
-    """The best translation found of each sentence of src (B, S): tokens (B, T) up to EOS, then PAD.
+    """The best translation found for each sentence of src (B, S): tokens (B, T), EOS and PAD after the end.
 
-    For each sentence the `beam` best beginnings are kept, and each step tries every token after each of them; with 1 it
-    always takes the most probable token (greedy). Beginnings are ranked by log probability / length ** length_penalty,
-    since a plain sum of logarithms would favour the short. One that has ended stays in the race as it is. Keys and
-    values are kept too, so a step costs one token.
+    Every step extends each of the `beam` best partial hypotheses by every token and keeps the `beam` best results. With
+    beam = 2, and log probabilities in brackets:
+
+        step 1    The (-0.4)         A (-1.3)                                   the 2 best first tokens
+        step 2    The man (-0.7)     The king (-1.9)     A man (-1.6)     ...   "The man" and "A man" survive
+        step 3    The man sees (-0.9)     A man sees (-1.7)     ...             and so on until both have ended
+
+    A hypothesis that has ended with EOS stays in the list and is compared with the others. The scores are divided by
+    length ** length_penalty: every token lowers the sum of log probabilities, so the plain sum favors short
+    translations. beam = 1 is greedy decoding.
     """
-    B, K = len(src), beam
-    keys_and_values, src_mask = model.encode(src)
-    encoded = ([[t.repeat_interleave(K, dim=0) for t in both] for both in keys_and_values],  # (B * K, H, S, d_k)
-               src_mask.repeat_interleave(K, dim=0))                     # (B * K, 1, 1, S)
-    tokens, past = torch.full((B * K, 1), BOS, device=src.device), None                # (B * K, 1)
-    total = torch.tensor([0.0] + [-math.inf] * (K - 1), device=src.device).repeat(B, 1)  # (B, K) all alike: count one
-    length, ended = torch.zeros_like(total), torch.zeros_like(total, dtype=torch.bool)   # (B, K) each
-    first_row = K * torch.arange(B, device=src.device).unsqueeze(1)      # (B, 1) where the K rows of a sentence begin
-    while tokens.shape[1] < model.max_len and not ended.all():
-        logits, _, past = model.decode(tokens[:, -1:], encoded, past, need_weights=False)
-        gain = logits.log_softmax(dim=-1).view(B, K, -1)                 # (B, K, vocab_size)
-        gain[..., PAD] = -math.inf              # a translation that goes on is not padded
-        gain[ended] = -math.inf                 # after its end a translation can only be padded, which costs nothing
-        gain[..., PAD][ended] = 0.0
-        length = length + ~ended                                         # (B, K)
-        new_total = total.unsqueeze(-1) + gain                           # (B, K, vocab_size)
-        best = (new_total / length.unsqueeze(-1) ** length_penalty).flatten(1).topk(K).indices          # (B, K)
-        origin, token = best // gain.shape[-1], best % gain.shape[-1]    # (B, K) which beginning, and what follows it
-        total, length = new_total.flatten(1).gather(1, best), length.gather(1, origin)   # (B, K) each
-        ended = ended.gather(1, origin) | (token == EOS)                 # (B, K)
-        rows = (first_row + origin).flatten()                            # (B * K,)
-        tokens = torch.cat([tokens[rows], token.view(-1, 1)], dim=1)     # (B * K, 1 + T)
-        if K > 1:
-            past = [[t[rows] for t in both] for both in past]            # each row goes on with its beginning's keys
-    return tokens.view(B, K, -1)[:, 0, 1:]                               # (B, T)
+    memory, src_mask = model.encode(src)
+    (B, _), K, cache = src.shape, 1, {}                                  # K hypotheses per sentence: 1, then `beam`
+    tokens = torch.full((B, 1), BOS, device=src.device)                  # (B * K, 1 + T)
+    scores = torch.zeros(B, 1, device=src.device)                        # (B, K) sums of log probabilities
+    lengths, ended = torch.zeros_like(scores), torch.zeros_like(scores, dtype=torch.bool)
+    while tokens.size(1) < model.max_len and not ended.all():
+        logits, _ = model.decode(tokens[:, -1:], memory, src_mask, cache)
+        log_probs = logits.float().log_softmax(dim=-1).view(B, K, -1)    # (B, K, vocab_size)
+        log_probs[..., PAD] = -math.inf
+        log_probs[ended] = -math.inf            # after its end a hypothesis is extended by padding only, at no cost
+        log_probs[..., PAD][ended] = 0.0
+        lengths = lengths + ~ended
+        extended = scores.unsqueeze(-1) + log_probs                      # (B, K, vocab_size)
+        best = (extended / lengths.unsqueeze(-1) ** length_penalty).flatten(1).topk(beam).indices        # (B, beam)
+        parent, token = best // log_probs.size(-1), best % log_probs.size(-1)
+        scores, lengths = extended.flatten(1).gather(1, best), lengths.gather(1, parent)
+        ended = ended.gather(1, parent) | (token == EOS)
+        rows = (K * torch.arange(B, device=src.device).unsqueeze(1) + parent).flatten()    # (B * beam,) their parents
+        tokens = torch.cat([tokens[rows], token.view(-1, 1)], dim=1)
+        if beam > 1:  # every hypothesis goes on with the cache of its parent
+            memory, src_mask, K = memory[rows], src_mask[rows], beam
+            cache = {module: (key[rows], value[rows]) for module, (key, value) in cache.items()}
+    return tokens.view(B, beam, -1)[:, 0, 1:]
+
+
+def translate(model, tokenizer, sentences, beam):
+    """Translate a list of strings, in batches of 64 sentences of similar length."""
+    sources = [tokenizer.encode(sentence) + [EOS] for sentence in sentences]
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+    translations = [""] * len(sources)
+    for start in range(0, len(order), 64):
+        rows = order[start:start + 64]
+        src = pad([sources[i] for i in rows], model.token_embedding.weight.device)         # (B, S)
+        for i, tokens in zip(rows, beam_search(model, src, beam).tolist()):
+            translations[i] = tokenizer.decode(tokens)                   # EOS and PAD are empty strings
+    return translations
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -665,281 +602,294 @@ def beam_search(model, src, beam, length_penalty=1.0):
 
 
 def bleu_words(text):
-    """The words and signs that BLEU compares, cut as by mteval-v13a, the standard script."""
+    """Split a text into the words and punctuation marks that BLEU compares, as the standard script mteval-v13a does."""
     for entity, sign in (("<skipped>", ""), ("-\n", ""), ("\n", " "), ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"),
                          ("&gt;", ">")):
         text = text.replace(entity, sign)
-    text = re.sub(r"([!-&(-+/:-@[-`{-~])", r" \1 ", f" {text} ")         # signs other than ' , - . stand alone
-    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)                    # . and , unless a digit stands before
-    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)                    # and one after
-    return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()                # a - after a digit
+    text = re.sub(r"([!-&(-+/:-@[-`{-~])", r" \1 ", f" {text} ")         # all punctuation but ' , - .
+    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)                    # . and , unless they follow a digit
+    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)                    # or precede one
+    return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()                # - after a digit
 
 
 def bleu(translations, references):
-    """BLEU (Papineni et al. 2002) of a list of strings against one reference each, from 0 to 100.
+    """BLEU from 0 to 100 of a list of translations with one reference each (Papineni et al. 2002).
 
-    Of all runs of 1, 2, 3 and 4 words in the translations, which share also occurs in the reference? The geometric mean
-    of the four shares, made smaller if the translations are too short.
+    The geometric mean of the precisions of n-grams, n = 1 to 4: the fraction of the n-grams in the translations that
+    also occur in the reference. It is reduced if the translations are shorter than the references (brevity penalty).
+    Equals sacreBLEU's default: case-sensitive, 13a tokens, exponential smoothing.
     """
-    correct, total, n_words, n_reference_words = [0] * 4, [0] * 4, 0, 0  # the first two: for runs of 1 to 4 words
+    matches, totals, length, reference_length = [0] * 4, [0] * 4, 0, 0
     for translation, reference in zip(translations, references):
         words, reference_words = bleu_words(translation), bleu_words(reference)
-        n_words, n_reference_words = n_words + len(words), n_reference_words + len(reference_words)
+        length, reference_length = length + len(words), reference_length + len(reference_words)
         for n in range(1, 5):
             ours, theirs = (collections.Counter(zip(*[w[i:] for i in range(n)])) for w in (words, reference_words))
-            correct[n - 1] += (ours & theirs).total()
-            total[n - 1] += ours.total()
-    if not correct[0] or not total[3]:
+            matches[n - 1] += (ours & theirs).total()
+            totals[n - 1] += ours.total()
+    if not matches[0] or not totals[3]:
         return 0.0
-    log_precision, zeros = 0.0, 0
-    for right, all_of_them in zip(correct, total):
-        zeros += right == 0                     # exponential smoothing: count the first zero as 1/2, the next as 1/4
-        log_precision += math.log((right or 0.5 ** zeros) / all_of_them) / 4
-    return 100 * math.exp(log_precision + min(0.0, 1 - n_reference_words / n_words))
+    log_precision, n_zeros = 0.0, 0
+    for match, total in zip(matches, totals):
+        n_zeros += match == 0                   # smoothing: the first n without a match counts 1/2, the next 1/4, ...
+        log_precision += math.log((match or 0.5 ** n_zeros) / total) / 4
+    return 100 * math.exp(log_precision + min(0.0, 1 - reference_length / length))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures
+# What does cross-attention attend to?
 
 
 @torch.no_grad()
-def plot_cross_attention(model, tokenizer, sentence, beam, path, show):
-    """One heatmap for each head of the last block's cross-attention while `sentence` is translated.
+def alignment_accuracy(model, tokenizer, lines):
+    """How often does each head attend most to the right source word, on lines of the toy language?
 
-    Row t is what the model looked at when it produced token t, and that token is the row's label.
+    The model reads the reference translation, and for every target word we look up the most attended source word,
+    leaving out <eos>. There are two rows to look at: the row that *produces* the word, where it is the token to predict,
+    and the row that *consumes* it, where it is the input (Chen et al. 2020, https://arxiv.org/abs/2004.14837). Returns
+    the fraction of right words (2, n_dec_layers, H), and that of two baselines: a random source word (chance), and the
+    source word at the same position (diagonal). Full stops are not counted.
     """
-    src = pad([tokenizer.encode(sentence) + [EOS]], model.token_embedding.weight.device)                # (1, S)
-    produced = beam_search(model, src, beam)                             # (1, T) and perhaps padding
-    produced = produced[:, produced[0] != PAD]                           # (1, T)
-    _, weights = model(src, F.pad(produced, (1, 0), value=BOS)[:, :-1])  # (1, H, T, S)
-    x_labels, y_labels = ([token_label(tokenizer, token) for token in row.tolist()] for row in (src[0], produced[0]))
-    plot_attention(weights[0], x_labels, y_labels, path, x_name="source token", y_name="token produced", show=show)
+    device = model.token_embedding.weight.device
+    hits, n_words, chance, diagonal = 0, 0, 0.0, 0
+    for german, english, alignment in lines:
+        src, tgt = ([tokenizer.encode_word(word) for word in WORD.findall(text)] for text in (german, english))
+        word_of = [i for i, tokens in enumerate(src) for _ in tokens]    # the word of each source token
+        _, weights = model.decode(torch.tensor([[BOS, *itertools.chain(*tgt)]], device=device),
+                                  *model.encode(torch.tensor([[*itertools.chain(*src), EOS]], device=device)),
+                                  need_weights=True)
+        attended = torch.cat(weights)[..., :-1].argmax(dim=-1)           # (n_dec_layers, H, T) source tokens
+        row = 0
+        for i, (tokens, right) in enumerate(zip(tgt[:-1], alignment)):
+            is_right = torch.tensor([word in right for word in word_of], device=device)    # (S,)
+            rows = [row, row + len(tokens)]      # produces the first token, consumes the last (row 0 consumes BOS)
+            hits = hits + is_right[attended[..., rows]].movedim(-1, 0).float()             # (2, n_dec_layers, H)
+            n_words, chance, diagonal = n_words + 1, chance + len(right) / len(src), diagonal + (i in right)
+            row += len(tokens)
+    return hits.cpu() / n_words, chance / n_words, diagonal / n_words
 
 
-def token_label(tokenizer, token):
-    """A token as a label: the space that begins a word as _, what has no letter in common fonts by its number."""
-    text = "<eos>" if token == EOS else tokenizer.pieces[token].decode("utf-8", "backslashreplace").replace(" ", "_")
-    return "".join(c if c.isprintable() and ord(c) < 0x250 else ascii(c)[1:-1] for c in text)
+def plot_alignment(accuracy, chance, diagonal, path):
+    """Bar chart of the alignment accuracy (2, n_dec_layers, H) of every head, with the two baselines."""
+    _, n_layers, n_heads = accuracy.shape
+    figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
+    for reading, shift in enumerate((-0.2, 0.2)):
+        axis.bar([x + shift for x in range(n_layers * n_heads)], accuracy[reading].flatten().tolist(), width=0.4,
+                 label=f"row that {('produces', 'consumes')[reading]} the word")
+    axis.axhline(diagonal, color="grey", linestyle="--", label="diagonal")
+    axis.axhline(chance, color="grey", linestyle=":", label="chance")
+    axis.set_xticks(range(n_layers * n_heads), [f"{n + 1}.{h + 1}" for n in range(n_layers) for h in range(n_heads)])
+    axis.set(xlabel="decoder block.head", ylabel="right source word", ylim=(0, 1.05))
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(f"saved {path}")
+
+
+@torch.no_grad()
+def plot_cross_attention(model, tokenizer, sentence, beam, path):
+    """Heatmaps of the last decoder block's heads while `sentence` is translated. Row t is the one that produces t."""
+    src = pad([tokenizer.encode(sentence) + [EOS]], model.token_embedding.weight.device)   # (1, S)
+    tokens = beam_search(model, src, beam)                               # (1, T)
+    _, weights = model(src, F.pad(tokens, (1, 0), value=BOS)[:, :-1])    # (1, H, T, S)
+    src_labels, tgt_labels = (
+        ["<eos>" if token == EOS else tokenizer.pieces[token].decode("utf-8", "replace").replace(" ", "_")
+         for token in row if token != PAD] for row in (src[0].tolist(), tokens[0].tolist()))
+    plot_attention(weights[0], src_labels, tgt_labels, path, x_name="source token", y_name="produced token")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Command line: translating with weights that are there
+# Using a trained model: --test, --line, --text
 
 
-def standard_input():
-    """The lines of standard input; bytes that are not UTF-8 become lone surrogates, which the tokenizer takes too."""
-    for line in sys.stdin.buffer:
-        yield line.decode("utf-8", "surrogateescape").rstrip("\r\n")
-
-
-def weights_path(data, out_dir):
-    """Where the weights for `data` are: in `out_dir`, or else where the shipped ones are."""
+def load_model(data, out_dir, device):
+    """The trained model for this data and its tokenizer, from `out_dir` or else from assets/."""
     name = f"translate_{os.path.basename(data)}.pt"
-    for folder in (out_dir, os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")):
-        if os.path.exists(os.path.join(folder, name)):
-            return os.path.join(folder, name)
-    fail(f"there are no weights for {data}: train them with python translate.py --data {data} --out_dir {out_dir}")
-
-
-def load_translator(path, device):
-    """The model, ready to translate, and the tokenizer that are saved in `path`."""
-    saved = load(path)
-    try:
-        tokenizer, model = Tokenizer(saved["merges"]), TransformerModel(*saved["sizes"], dropout=0.0)
-        model.load_state_dict(saved["weights"])                          # stored as float16, used as float32
-        if len(tokenizer.pieces) != len(model.token_embedding.weight):
-            raise ValueError("tokenizer and model do not belong together")
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        fail(f"{path} does not hold weights of translate.py")
-    return model.to(device).eval(), tokenizer
-
-
-def fitting(tokenizer, pairs, max_len):
-    """Those of the pairs that fit into `max_len` tokens; says how many do not."""
-    kept = [pair for pair in pairs if max(len(tokenizer.encode(text)) for text in pair) < max_len]
-    if len(kept) < len(pairs):
-        print(f"left out: {len(pairs) - len(kept)} pairs with a sentence of more than {max_len - 1} tokens")
-    return kept or fail("no pair is left")
+    paths = [os.path.join(folder, name) for folder in (out_dir, os.path.join(os.path.dirname(__file__), "assets"))]
+    paths = [path for path in paths if os.path.exists(path)]
+    if not paths:
+        sys.exit(f"no weights for {data}: train them with python translate.py --data {data} --out_dir {out_dir}")
+    saved = torch.load(paths[0], map_location="cpu", weights_only=True)
+    model = TransformerModel(*saved["sizes"], dropout=0.0)
+    model.load_state_dict(saved["weights"])                              # stored in float16
+    return model.to(device).eval(), Tokenizer(saved["merges"])
 
 
 def score(model, tokenizer, pairs, beam):
-    """Translate all pairs: the share that equals the reference word for word, and BLEU."""
-    german, english = zip(*fitting(tokenizer, pairs, model.max_len))
-    translations = translate(model, tokenizer, german, beam, progress(len(german), unit="sentence"))
-    return {"exact": sum(map(str.__eq__, translations, english)) / len(english), "bleu": bleu(translations, english)}
+    """Translate the German sentences: the fraction of exact matches, and BLEU."""
+    german, english = zip(*pairs)
+    translations = translate(model, tokenizer, german, beam)
+    return sum(map(str.__eq__, translations, english)) / len(english), bleu(translations, english)
 
 
-def use(args):
-    """Do what --text, --line and --test ask for."""
-    if args.line is not None:
-        german, english = line_pair(args.data, args.line)
-    model, tokenizer = load_translator(weights_path(args.data, args.out_dir), args.device)
+def test(args):
+    """Score the test part and print the result line; on the toy language, also measure the alignment of every head."""
+    start = time.perf_counter()
+    model, tokenizer = load_model(args.data, args.out_dir, args.device)
+    exact, bleu_score = score(model, tokenizer, load_pairs(args.data, "test"), args.beam)
+    result = f"exact={exact:.4f} bleu={bleu_score:.2f}"
+    if args.data == "toy":
+        val_accuracy, _, _ = alignment_accuracy(model, tokenizer, toy_lines("val", 10_000))
+        accuracy, chance, diagonal = alignment_accuracy(model, tokenizer, toy_lines("test", 40_000))
+        print(f"fraction of target words whose most attended source word is right (chance {chance:.3f}, "
+              f"diagonal {diagonal:.3f})\nblock head | row produces  row consumes the word")
+        for n, head in itertools.product(*map(range, accuracy.shape[1:])):
+            print(f"{n + 1:5} {head + 1:4} | {accuracy[0, n, head]:12.3f} {accuracy[1, n, head]:13.3f}")
+        plot_alignment(accuracy, chance, diagonal, os.path.join(args.out_dir, "translate_alignment.png"))
+        best = accuracy.flatten()[val_accuracy.argmax()].item()          # the best head on the validation part
+        result += f" alignment={best:.4f}"
+    n_params = sum(p.numel() for p in model.parameters())
+    print(f"result: {result} params={n_params} seconds={time.perf_counter() - start:.1f}")
 
-    def show(sentence, n):
-        """Print the translation of the n-th sentence, and draw it if --plot is given."""
-        length = len(tokenizer.encode(sentence))
-        if length >= model.max_len:
-            fail(f"a text may have {model.max_len - 1} tokens, this one has {length}: {sentence[:40]!r}...")
-        print(translate(model, tokenizer, [sentence], args.beam)[0], flush=True)
-        if args.plot:
-            path = os.path.join(args.out_dir, f"translate_{os.path.basename(args.data)}{f'_{n}' if n > 1 else ''}.png")
-            plot_cross_attention(model, tokenizer, sentence, args.beam, path, args.show)
 
-    if args.text:
-        sentences = itertools.chain.from_iterable(standard_input() if text == "-" else [text] for text in args.text)
-        for n, sentence in enumerate(sentences, 1):
-            show(sentence, n)
-    elif args.line is not None:
-        print(f"source:      {german}\nreference:   {english}\ntranslation: ", end="")
-        show(german, 1)
+def translate_texts(args):
+    """Translate the sentences of --line or --text, print the translations, and plot the attention with --plot."""
+    if args.line is None:
+        texts = [sys.stdin.read().split("\n")[:-1] if text == "-" else [text] for text in args.text]
+        sentences = list(itertools.chain(*texts))
     else:
-        print_result(args, **score(model, tokenizer, load_pairs(args.data, "test"), args.beam),
-                     params=sum(p.numel() for p in model.parameters()))
+        pairs = {"toy": list, "multi30k": lambda: multi30k_pairs("test")}.get(args.data, lambda: file_pairs(args.data))()
+        n_lines = len(pairs) or N_TOY_LINES
+        if not 1 <= args.line <= n_lines:
+            sys.exit(f"--line {args.line}: {args.data} has lines 1 to {n_lines}")
+        sentence, reference = pairs[args.line - 1] if pairs else toy_pair(args.line)[:2]
+        print(f"source:      {sentence}\nreference:   {reference}\ntranslation: ", end="")
+        sentences = [sentence]
+    model, tokenizer = load_model(args.data, args.out_dir, args.device)
+    for sentence in sentences:
+        if len(tokenizer.encode(sentence)) >= model.max_len:
+            sys.exit(f"a text may have {model.max_len - 1} tokens, this one has {len(tokenizer.encode(sentence))}: "
+                     f"{sentence[:40]}...")
+    translations = iter(translate(model, tokenizer, [s for s in sentences if s.strip()], args.beam))
+    for n, sentence in enumerate(sentences):
+        print(next(translations) if sentence.strip() else "")           # an empty line stays an empty line
+        if args.plot and sentence.strip():
+            name = f"translate_{os.path.basename(args.data)}{f'_{n + 1}' if n else ''}.png"
+            plot_cross_attention(model, tokenizer, sentence, args.beam, os.path.join(args.out_dir, name))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Command line: training
 
-MAX_LEN = 100  # positions: a sentence may have one token less
-OPTIONS = {    # of training: type, range, value for the toy language, value for real sentences
-    "steps": (int, 1, 10 ** 7, 500, 9000, "training steps"),
-    "batch_tokens": (int, 1, 100000, 4000, 4000, "tokens in each step, both languages"),
-    "lr": (float, 0, 10, 0.003, 0.0015, "highest learning rate"),
-    "dropout": (float, 0, 0.9, 0.0, 0.25, "share of features that is dropped"),
-    "d_model": (int, 1, 1024, 64, 192, "width of the model"),
-    "n_heads": (int, 1, 64, 4, 4, "heads in each attention"),
-    "n_enc_layers": (int, 1, 16, 2, 3, "encoder blocks"),
-    "n_dec_layers": (int, 1, 16, 2, 3, "decoder blocks"),
-    "merges": (int, 0, 50000, 600, 4000, "merges that the tokenizer learns")}
+OPTIONS = {  # training options whose defaults depend on the data: type, toy language, other data, help
+    "steps": (positive(int), 300, 18000, "training steps"),
+    "batch_tokens": (positive(int), 4000, 2000, "tokens in each batch, both languages together"),
+    "lr": (positive(float), 0.003, 0.0015, "peak learning rate"),
+    "dropout": (float, 0.0, 0.25, "dropout probability"),
+    "d_model": (positive(int), 64, 192, "width of the model"),
+    "n_heads": (positive(int), 4, 4, "attention heads"),
+    "n_enc_layers": (positive(int), 2, 3, "encoder blocks"),
+    "n_dec_layers": (positive(int), 2, 3, "decoder blocks"),
+    "merges": (positive(int), 600, 4000, "byte-pair merges")}
 
+if __name__ == "__main__":
+    start = time.perf_counter()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", help="toy, multi30k, or a text file with English, a tab and German on every line "
+                        "(default: toy; multi30k with --text)")
+    parser.add_argument("--test", action="store_true", help="do not train: score the test part")
+    parser.add_argument("--line", type=int, help="do not train: translate this line of the data, counted from 1")
+    parser.add_argument("--text", nargs="+", help="do not train: translate these texts; - reads lines from stdin")
+    parser.add_argument("--plot", action="store_true", help="with --line or --text: plot the cross-attention")
+    parser.add_argument("--beam", type=positive(int), default=5, help="hypotheses in beam search; 1 is greedy")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
+    for name, (kind, toy, other, text) in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (toy {toy}, else {other})")
+    args = parse_args(parser)
+    args.data = args.data or ("multi30k" if args.text else "toy")
+    for name, (_, toy, other, _) in OPTIONS.items():
+        vars(args).setdefault(name, toy if args.data == "toy" else other)
+    if args.d_model % args.n_heads:
+        parser.error(f"--n_heads {args.n_heads} does not divide --d_model {args.d_model}")
+    if args.plot and args.line is None and not args.text:
+        parser.error("--plot needs --line or --text")
+    if args.resume and (args.test or args.line is not None or args.text):
+        parser.error("--resume does not go with --test, --line or --text")
+    if args.line is not None or args.text:
+        sys.exit(translate_texts(args))
+    if args.test:
+        sys.exit(test(args))
 
-def join_processes(device):
-    """Under torchrun: join the other processes. Returns the number of this one, from 0, and how many there are."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    if distributed.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")      # the first one speaks for all
-    return distributed.get_rank(), distributed.get_world_size()
+    # Several processes under torchrun: each takes a part of every batch, DistributedDataParallel averages the gradients.
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
 
+    # The checkpoint holds an unfinished training, and is removed at its end, when the weights are written.
+    weights_path = os.path.join(args.out_dir, f"translate_{os.path.basename(args.data)}.pt")
+    checkpoint_path = weights_path.replace(".pt", "_checkpoint.pt")
+    checkpoint = None
+    if args.resume:
+        if not os.path.exists(checkpoint_path):
+            sys.exit(f"nothing to resume: there is no {checkpoint_path}")
+        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+    elif os.path.exists(checkpoint_path):
+        sys.exit(f"{checkpoint_path} holds an unfinished training: continue it with --resume, or delete the file")
 
-def train(args):
-    """Train a translator, or go on with a training, and score it on the validation part."""
-    rank, world = join_processes(args.device)
-    best_path, last_path = (os.path.join(args.out_dir, f"translate_{os.path.basename(args.data)}{end}.pt")
-                            for end in ("", "_last"))
-    saved = load(last_path) if args.resume else None
-    if args.resume and not (isinstance(saved, dict) and isinstance(saved.get("settings"), dict)):
-        fail(f"{last_path} is no checkpoint of translate.py")
     train_pairs, val_pairs = load_pairs(args.data, "train"), load_pairs(args.data, "val")
-    settings = {"data": f"{args.data} (checksum {zlib.crc32(repr(train_pairs).encode())})",
-                **{name: getattr(args, name) for name in (*OPTIONS, "seed")}}
-    for name, value in settings.items() if saved else ():
-        if saved["settings"].get(name) != value:
-            fail(f"argument --resume: {last_path} was made with --{name} {saved['settings'].get(name)}, not {value}")
-    tokenizer = Tokenizer(saved["merges"] if saved else learn_merges(itertools.chain(*train_pairs), args.merges))
-    train_pairs, val_pairs = (fitting(tokenizer, pairs, MAX_LEN) for pairs in (train_pairs, val_pairs))
-    examples, val_examples = ([[tokenizer.encode(german) + [EOS], [BOS, *tokenizer.encode(english), EOS]]
+    settings = {name: getattr(args, name) for name in ("data", "seed", *OPTIONS)}
+    settings["checksum of the training data"] = zlib.crc32(repr(train_pairs).encode())
+    if checkpoint and checkpoint["settings"] != settings:
+        name = next(name for name in settings if checkpoint["settings"].get(name) != settings[name])
+        sys.exit(f"cannot resume {checkpoint_path}: its {name} is {checkpoint['settings'].get(name)}, not {settings[name]}")
+    tokenizer = Tokenizer(checkpoint["merges"] if checkpoint else learn_merges(itertools.chain(*train_pairs), args.merges))
+    examples, val_examples = ([(tokenizer.encode(german) + [EOS], [BOS, *tokenizer.encode(english), EOS])
                                for german, english in pairs] for pairs in (train_pairs, val_pairs))
-
-    # `average` is a running mean of the model's weights over about the last tenth of the steps so far, at most 1,000.
-    # It is validated and kept: the weights jump around a good place, and their mean is closer to it than they are.
+    # sentences with more tokens than the model has positions are left out
+    examples, val_examples = ([example for example in part if max(map(len, example)) <= MAX_LEN]
+                              for part in (examples, val_examples))
     sizes = len(tokenizer.pieces), MAX_LEN, args.d_model, args.n_heads, args.n_enc_layers, args.n_dec_layers
     model = TransformerModel(*sizes, args.dropout).to(args.device)
-    average = copy.deepcopy(model).eval()
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
-    params = sum(p.numel() for p in model.parameters())
-    print(f"{params:,} parameters, {len(examples):,} pairs to train on, {len(val_examples):,} to validate")
-    first, best = 0, math.inf
-    if saved:
-        for part, state in ((model, "model"), (average, "average"), (optimizer, "optimizer")):
-            part.load_state_dict(saved[state])
-        first, best = saved["step"], saved["best"]
-        print(f"going on after step {first}")
-    else:
-        print_first_loss(validation_losses(average, val_examples, args.device)[0], len(tokenizer.pieces))
+    first_step = 0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        first_step = checkpoint["step"]
+    n_params = sum(p.numel() for p in model.parameters())
+    if rank == 0:
+        print(f"{n_params:,} parameters, {len(examples):,} sentence pairs to train on, {len(val_examples):,} to validate")
 
-    model.train()
-    learner = model if world == 1 else nn.parallel.DistributedDataParallel(model)
-    batches = itertools.islice(make_batches(examples, args.batch_tokens, args.seed), first, None)
-    report = progress(args.steps, done=first)
-    for step in range(first, args.steps):
-        torch.manual_seed(args.seed + step * world + rank)               # what dropout draws depends on the step alone
-        rows = next(batches)
-        mine = [examples[row] for row in rows[rank::world]]              # each process takes its share of the batch
-        n_targets = sum(len(examples[row][1]) - 1 for row in rows)       # in the whole batch
+    net = model if world_size == 1 else nn.parallel.DistributedDataParallel(model)
+    batches = itertools.islice(make_batches(examples, args.batch_tokens, args.seed), first_step, None)
+    for step in range(first_step, args.steps):
+        torch.manual_seed(args.seed + step * world_size + rank)          # dropout depends on the step alone: --resume
+        indices = next(batches)
+        n_targets = sum(len(examples[i][1]) - 1 for i in indices)        # in the batches of all processes
+        mine = [examples[i] for i in indices[rank::world_size]]
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-            # DistributedDataParallel waits for every process, so also one without a share has to take an example.
-            logits, wanted = logits_and_wanted(learner, mine or [examples[rows[0]]], args.device)
-        loss = loss_sum(logits, wanted, smoothing=0.1) / n_targets * bool(mine)           # my part of the batch's mean
+            # every process needs a backward pass, even if the batch has fewer sentences than there are processes
+            loss = batch_loss(net, mine or [examples[indices[0]]], args.device, label_smoothing=0.1)
+        loss = loss / n_targets * bool(mine)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
         optimizer.zero_grad()
-        (loss * world).backward()                                        # DDP divides by world; here it must not
+        (loss * world_size).backward()                                   # the sum over all processes, not the mean
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        check_finite([loss, *model.parameters()], step + 1)
-        with torch.no_grad():
-            plain_loss = loss_sum(logits, wanted) / (wanted != PAD).sum()
-            for mean, p in zip(average.parameters(), model.parameters()):
-                mean.lerp_(p, 1 - min(0.999, (1 + step) / (10 + step)))
-        report(step + 1, loss=plain_loss.item())
+
+        if rank == 0 and step == 0:
+            print(f"step 0: loss {loss:.4f}, uniform prediction ln {sizes[0]} = {math.log(sizes[0]):.4f}", flush=True)
         if rank == 0 and ((step + 1) % max(1, args.steps // 20) == 0 or step + 1 == args.steps):
-            val_loss, smoothed_loss = validation_losses(average, val_examples, args.device)
-            german, english = val_pairs[step % len(val_pairs)]
-            print(f"after step {step + 1}: validation loss {val_loss:.4f}\n    {german}\n    "
-                  f"{translate(average, tokenizer, [german])[0]}", flush=True)
-            if smoothed_loss < best:
-                best, weights = smoothed_loss, {name: t.half() for name, t in average.state_dict().items()}
-                save_weights(best_path, sizes=sizes, merges=tokenizer.merges, weights=weights)
-            save_weights(last_path, settings=settings, merges=tokenizer.merges, step=step + 1, best=best,
-                         model=model.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict())
-    if world > 1:
-        distributed.destroy_process_group()
+            val_loss = validation_loss(model, val_examples, args.device)
+            print(f"step {step + 1}: loss {loss:.4f}, validation loss {val_loss:.4f}, {time.perf_counter() - start:.0f} s")
+            model.eval()
+            print("   ", translate(model, tokenizer, [val_pairs[0][0]], args.beam)[0], flush=True)
+            model.train()
+            # write to a temporary file and rename it: a kill at any moment leaves a complete checkpoint
+            torch.save({"settings": settings, "merges": tokenizer.merges, "step": step + 1, "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict()}, checkpoint_path + ".tmp")
+            os.replace(checkpoint_path + ".tmp", checkpoint_path)
+
     if rank == 0:
-        print(f"saved: {best_path} (the weights with the lowest smoothed validation loss, {best:.4f})")
-        model, tokenizer = load_translator(best_path, args.device)
-        print_result(args, **score(model, tokenizer, val_pairs, args.beam), params=params)
-
-
-def main(argv=None):
-    """Train a translator (or go on with a training), or use one."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--data", default="auto", help="toy, multi30k, or a file with English, tab, German in each "
-                        "line (weights go by its name); auto is multi30k with --text, else toy")
-    for name, (kind, low, high, toy, real, meaning) in OPTIONS.items():
-        parser.add_argument(f"--{name}", type=number(kind, low, high), default=toy,
-                            help=f"{meaning}; {real} if --data is not toy")
-    parser.add_argument("--resume", action="store_true", help="go on with the training saved in --out_dir")
-    parser.add_argument("--test", action="store_true", help="do not train: score the test part")
-    parser.add_argument("--line", type=int, help="do not train: translate this line of the data, counted from 1")
-    parser.add_argument("--text", nargs="+", help="do not train: translate these texts; - stands for the lines of "
-                        "standard input")
-    parser.add_argument("--plot", action="store_true", help="draw the cross-attention of --line or --text")
-    parser.add_argument("--beam", type=number(int, 1, 100), default=5, help="beginnings kept while translating")
-    given = parser.parse_known_args(argv)[0]    # a first look at --data and --text: other defaults depend on them
-    data = given.data if given.data != "auto" else "multi30k" if given.text else "toy"
-    if data != "toy":
-        parser.set_defaults(**{name: real for name, (_, _, _, _, real, _) in OPTIONS.items()})
-    args = start(parser, argv)
-    args.data = data
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")     # a text may hold what the terminal's encoding does not
-    if args.plot and not args.text and args.line is None:
-        fail("argument --plot: needs a --line or a --text to draw")
-    if args.text and (args.test or args.line is not None):
-        fail("argument --text: goes without --test and --line")
-    if args.resume and (args.text or args.test or args.line is not None):
-        fail("argument --resume: goes without --text, --test and --line, which do not train")
-    if args.d_model % args.n_heads:
-        fail(f"argument --n_heads: {args.n_heads} heads do not divide --d_model {args.d_model}")
-    if args.text or args.test or args.line is not None:
-        use(args)
-    else:
-        train(args)
-
-
-if __name__ == "__main__":
-    run(main)
+        weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
+        torch.save({"sizes": sizes, "merges": tokenizer.merges, "weights": weights}, weights_path + ".tmp")
+        os.replace(weights_path + ".tmp", weights_path)
+        os.remove(checkpoint_path)
+        print(f"saved {weights_path}")
+        exact, bleu_score = score(*load_model(args.data, args.out_dir, args.device), val_pairs, args.beam)
+        print(f"result: exact={exact:.4f} bleu={bleu_score:.2f} params={n_params} "
+              f"seconds={time.perf_counter() - start:.1f}")
+    if world_size > 1:
+        distributed.destroy_process_group()
