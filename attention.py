@@ -94,59 +94,53 @@ def make_lookups(batch_size, n_keys, rotation, noise):
 
 
 def saved_for_backward(q, k, v, need_weights):
-    """Bytes that autograd keeps for the backward pass, beside q, k and v themselves."""
+    """Bytes that autograd keeps for the backward pass of `attention`, without q, k and v themselves."""
     storages = {}
 
-    def pack(tensor):
+    def _pack(tensor):
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(_pack, lambda tensor: tensor):
         attention(q, k, v, need_weights=need_weights)
     return sum(size for pointer, size in storages.items() if pointer not in [t.data_ptr() for t in (q, k, v)])
 
 
 def benchmark(args):
-    """Measure the explicit formula and the fused kernel for T = 64 to 4096, print a table and plot it."""
-    print("batch 1, 4 heads of width 64, float32. forward, total: ms, median of 5; MiB: memory kept for backward")
-    print("   T |  explicit: forward    total      MiB |     fused: forward    total      MiB")
+    """Measure the explicit formula and the fused kernel for T = 64 to 4096; print a table and plot it."""
+    print("batch 1, 4 heads of width 64, float32; ms: forward and backward, median of 5; MiB: kept for backward")
+    print("     T |       explicit            |       fused")
     lengths = [64, 128, 256, 512, 1024, 2048, 4096]
-    totals, memory = {"explicit": [], "fused": []}, {"explicit": [], "fused": []}
+    times, memory = {"explicit": [], "fused": []}, {"explicit": [], "fused": []}
     for T in lengths:
         q, k, v = (torch.randn(1, 4, T, 64, device=args.device, requires_grad=True) for _ in range(3))  # (B, H, T, d_k)
-        line = f"{T:4}"
-        for name in totals:
-            forward, total = [], []
+        for name in times:
+            runs = []
             for _ in range(6):
                 start = time.perf_counter()
                 output, _ = attention(q, k, v, need_weights=name == "explicit")
-                if args.device == "cuda":
-                    torch.cuda.synchronize()  # a GPU returns before it has finished
-                forward.append(1e3 * (time.perf_counter() - start))
                 output.sum().backward()
-                if args.device == "cuda":
-                    torch.cuda.synchronize()
-                total.append(1e3 * (time.perf_counter() - start))
-            totals[name].append(statistics.median(total[1:]))  # the first run is a warm-up
+                getattr(torch, args.device).synchronize()  # a GPU returns before it has finished
+                runs.append(1e3 * (time.perf_counter() - start))
+            times[name].append(statistics.median(runs[1:]))  # the first run is a warm-up
             memory[name].append(saved_for_backward(q, k, v, name == "explicit") / 2 ** 20)
-            line += f" | {statistics.median(forward[1:]):18.2f} {totals[name][-1]:8.2f} {memory[name][-1]:8.2f}"
-        print(line, flush=True)
+        print(f"{T:6}", *(f"| {times[name][-1]:9.2f} ms {memory[name][-1]:7.2f} MiB" for name in times), flush=True)
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, values, title in zip(axes, (totals, memory), ("forward and backward: ms", "kept for backward: MiB")):
+    for axis, values, title in zip(axes, (times, memory), ("forward and backward: ms", "kept for backward: MiB")):
         axis.loglog(lengths, values["explicit"], "o-", label="explicit")
         axis.loglog(lengths, values["fused"], "s-", label="fused")
-        axis.loglog(lengths, [values["explicit"][-1] * (T / 4096) ** 2 for T in lengths], "--", color="grey",
-                    label="proportional to $T^2$")
-        axis.loglog(lengths, [values["fused"][-1] * T / 4096 for T in lengths], ":", color="grey",
-                    label="proportional to $T$")
+        axis.loglog(lengths, [2 * values["explicit"][-1] * (T / 4096) ** 2 for T in lengths], "--", color="grey",
+                    label="slope of $T^2$")
+        axis.loglog(lengths, [values["fused"][-1] / 2 * T / 4096 for T in lengths], ":", color="grey",
+                    label="slope of $T$")
         axis.set(title=title, xlabel="sequence length T", xticks=lengths, xticklabels=lengths)
         axis.minorticks_off()
         axis.legend()
     path = os.path.join(args.out_dir, "attention_benchmark.png")
     figure.savefig(path, dpi=100)
     print(f"saved {path}")
-    return totals["explicit"][-1] / totals["fused"][-1], memory["explicit"][-1] / memory["fused"][-1]
+    return times["explicit"][-1] / times["fused"][-1], memory["explicit"][-1] / memory["fused"][-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -160,26 +154,24 @@ def plot_attention(weights, x_labels, y_labels, path, titles=None, columns=2, x_
     """
     panels = weights.detach().float().cpu().reshape(-1, *weights.shape[-2:])                # (n_panels, T_q, T_k)
     n_panels, T_q, T_k = panels.shape
-    if not isinstance(x_labels[0], list):
-        x_labels = [x_labels] * n_panels
-    if not isinstance(y_labels[0], list):
-        y_labels = [y_labels] * n_panels
+    x_labels = x_labels if isinstance(x_labels[0], list) else [x_labels] * n_panels
+    y_labels = y_labels if isinstance(y_labels[0], list) else [y_labels] * n_panels
     titles = titles or [f"head {h + 1}" if n_panels > 1 else "" for h in range(n_panels)]
     columns = min(columns, n_panels)
     rows = math.ceil(n_panels / columns)
     longest_x, longest_y = (max(len(str(x)) for labels in both for x in labels) for both in (x_labels, y_labels))
-    size = columns * (0.25 * max(T_k, 5) + 0.07 * longest_y + 0.6) + 0.8, rows * (0.25 * T_q + 0.07 * longest_x + 0.9)
+    size = columns * (0.25 * max(T_k, 5) + 0.07 * longest_y + 0.6) + 0.8, rows * (0.25 * T_q + 0.07 * longest_x + 0.7)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[n_panels:]:
         axis.set_axis_off()
     for axis, panel, title, x, y in zip(axes.flat, panels, titles, x_labels, y_labels):
         image = axis.imshow(panel.tolist(), vmin=0.0, vmax=max(panels.max().item(), 1e-6))
-        # parse_math=False: a label with two dollar signs is not a formula
-        axis.set_xticks(range(T_k), x, rotation=90 if longest_x > 2 else 0, fontsize=8, parse_math=False)
-        axis.set_yticks(range(T_q), y, fontsize=8, parse_math=False)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(x_name, fontsize=9)
         axis.set_ylabel(y_name, fontsize=9)
+        # parse_math=False: a label with two dollar signs is not a formula
+        axis.set_xticks(range(T_k), x, rotation=90 if longest_x > 2 else 0, fontsize=8, parse_math=False)
+        axis.set_yticks(range(T_q), y, fontsize=8, parse_math=False)
     figure.colorbar(image, ax=axes, label="attention weight")
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -203,12 +195,12 @@ def parse_args(parser):
 
 def positive(kind):
     """An argparse type: positive(int) and positive(float) accept positive finite numbers only."""
-    def parse(text):
+    def _parse(text):
         if not 0 < kind(text) < math.inf:
             raise ValueError
         return kind(text)
-    parse.__name__ = f"positive {kind.__name__}"  # argparse: "invalid positive int value: '0'"
-    return parse
+    _parse.__name__ = f"positive {kind.__name__}"  # argparse: "invalid positive int value: '0'"
+    return _parse
 
 
 def download(url, path, sha256):
@@ -238,7 +230,8 @@ if __name__ == "__main__":
     args = parse_args(parser)
     if args.benchmark:
         speedup, memory_ratio = benchmark(args)
-        print(f"result: speedup={speedup:.2f} memory_ratio={memory_ratio:.1f} seconds={time.perf_counter() - start:.1f}")
+        seconds = time.perf_counter() - start
+        print(f"result: speedup={speedup:.2f} memory_ratio={memory_ratio:.1f} seconds={seconds:.1f}")
         sys.exit()
 
     # The worked example, for three queries at once. The second query is similar to no key and gets the plain mean.

@@ -1,21 +1,19 @@
 """
 Translate German to English with the Transformer of "Attention Is All You Need": encoder, decoder, training, decoding.
 
-The encoder reads the German sentence. The decoder writes the English one token by token, and cross-attention lets every
-token it writes look at the encoded German tokens. Everything is in this file: the model, byte-pair encoding, training
-with teacher forcing and label smoothing, beam search with a cache, BLEU, and heatmaps of the cross-attention.
-
-There are two data sets. The toy language is generated here: a small German grammar in which der/den, not word order,
-says who does what to whom. It trains in a minute, and because the right source word of every target word is known, we
-can measure how well each attention head aligns. Multi30k is real: 29,000 image descriptions. Weights trained on both
-are in assets/, so everything but training works right after cloning. Weights in out/ take precedence.
+The encoder reads the German sentence. The decoder writes the English one token by token, and cross-attention lets each
+new token attend to the German ones. Everything is here: the model, byte-pair encoding, training with label smoothing,
+beam search with a cache, BLEU, attention heatmaps. There are two data sets. The toy language is a small German grammar
+in which der/den, not the word order, says who does what to whom. It trains in a minute, and as the right source word of
+every target word is known, we can measure how well each attention head aligns. Multi30k has 29,000 real sentence pairs.
+The weights of both are in assets/, so all but the first two commands need no training; weights in --out_dir come first.
 
 $ python translate.py                                           # train on the toy language
-$ python translate.py --test --line=7 --plot                    # translate its line 7, plot the cross-attention
-$ python translate.py --test                                    # exact matches, BLEU, alignment of every head
-$ python translate.py --text "Ein Hund läuft durch den Schnee." # any text, with the weights trained on Multi30k
 $ python translate.py --data multi30k                           # train on Multi30k
+$ python translate.py --test --line=7 --plot                    # translate line 7 of the toy language, plot attention
+$ python translate.py --test                                    # exact matches, BLEU, alignment of every head
 $ python translate.py --data multi30k --test                    # BLEU on test_2016_flickr
+$ python translate.py --text "Ein Hund läuft durch den Schnee." # any text, with the weights trained on Multi30k
 
 Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762
 """
@@ -41,39 +39,37 @@ from torch import distributed, nn
 from attention import attention, download, parse_args, plot_attention, positive
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The Transformer (section 3 and Figure 1 of the paper)
+# The Transformer (Figure 1 of the paper). B sentences, S source and T target tokens, H heads of width d_k = d_model/H.
 #
-#                                                           logits (B, T, vocab_size)
-#                                                                      |
-#                                                         token embedding, transposed
-#                                                                      |
-#                memory (B, S, d_model) --.      +-- DecoderBlock -----|-----------------+
-#                        |                |      |             add & LayerNorm           |
-#    +-- EncoderBlock ---|-------------+  |      |           FeedForward                 |
-#    |             add & LayerNorm     |  |      |             add & LayerNorm           |
-#    |           FeedForward           |  '-------> cross-attention to the source        |
-#    |             add & LayerNorm     |         |             add & LayerNorm           |
-#    |           self-attention        |         |     masked self-attention             |
-#    +-------------------|-------------+         +---------------------|-----------------+
+#                                                          logits (B, T, vocab_size)
+#                                                                     |
+#                                                        token embedding, transposed
+#                                                                     |
+#                memory (B, S, d_model) --.     +-- DecoderBlock -----|-----------------+
+#                        |                |     |             add & LayerNorm           |
+#    +-- EncoderBlock ---|-------------+  |     |           FeedForward                 |
+#    |             add & LayerNorm     |  |     |             add & LayerNorm           |
+#    |           FeedForward           |  '------> cross-attention to the source        |
+#    |             add & LayerNorm     |        |             add & LayerNorm           |
+#    |           self-attention        |        |     causal self-attention             |
+#    +-------------------|-------------+        +---------------------|-----------------+
 #           token + position embedding                   token + position embedding
-#                        |                                             |
-#          src: German, EOS  (B, S)                   tgt: BOS, English so far  (B, T)
+#                        |                                            |
+#           src: German, EOS (B, S)                   tgt: BOS, English so far (B, T)
 #
-# "add": the output of each sublayer is added to its input (residual connection). B sentences in a batch, S source and
-# T target tokens, H heads of width d_k = d_model / H. Differences to the paper: positions are learned instead of
-# sinusoidal, and the FeedForward is twice as wide as the model instead of four times.
+# "add": the output of a sublayer is added to its input (residual connection). Two differences to the paper: positions
+# are learned instead of sinusoidal, and FeedForward is twice as wide as the model instead of four times.
 
 PAD, BOS, EOS = 0, 1, 2     # padding, beginning of sentence, end of sentence
 MAX_LEN = 100               # number of positions
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention (section 3.2.2): queries from x (B, T, d_model), keys and values from memory (B, S, d_model).
+    """Queries from x (B, T, d_model), keys and values from memory (B, S, d_model), which is x in self-attention.
 
-    Returns the output (B, T, d_model) and the weights (B, H, T, S), or None without `need_weights`. For self-attention
-    pass x as memory. `cache` is a dict that holds the keys and values of earlier calls while a sentence is decoded
-    token by token. In self-attention those of the new tokens are appended. In cross-attention the source does not
-    change, so its keys and values are computed once.
+    Returns (B, T, d_model) and the weights (B, H, T, S) or None. `cache` is a dict that keeps keys and values while a
+    sentence is decoded token by token. In self-attention, those of the new tokens are appended. In cross-attention they
+    are computed once, since the source does not change. Section 3.2.2.
     """
 
     def __init__(self, d_model, n_heads):
@@ -91,12 +87,12 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x, memory, mask=None, cache=None, need_weights=False):
         query = self.split(self.w_q(x))                                    # (B, H, T, d_k)
-        if cache and self in cache and memory is not x:
+        if cache and self in cache and memory is not x:  # cross-attention, after the first token
             key, value = cache[self]                                       # (B, H, S, d_k)
         else:
             key, value = self.split(self.w_k(memory)), self.split(self.w_v(memory))
             if cache and self in cache:
-                key, value = (torch.cat([old, new], dim=2) for old, new in zip(cache[self], (key, value)))
+                key, value = torch.cat([cache[self][0], key], dim=2), torch.cat([cache[self][1], value], dim=2)
             if cache is not None:
                 cache[self] = key, value
         output, weights = attention(query, key, value, mask, need_weights=need_weights)   # (B, H, T, d_k)
@@ -128,9 +124,9 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Causal self-attention, cross-attention to memory (B, S, d_model), feed-forward. (B, T, d_model) -> same shape.
+    """Causal self-attention, cross-attention to memory (B, S, d_model), then the feed-forward network.
 
-    Also returns the weights (B, H, T, S) of the cross-attention, or None without `need_weights`.
+    (B, T, d_model) -> (B, T, d_model) and the weights (B, H, T, S) of the cross-attention, or None.
     """
 
     def __init__(self, d_model, n_heads, dropout):
@@ -190,15 +186,13 @@ class TransformerModel(nn.Module):
     def decode(self, tgt, memory, src_mask, cache=None, need_weights=False):
         """Logits (B, T, vocab_size) and a list with the cross-attention weights (B, H, T, S) of every decoder block.
 
-        With a cache (an empty dict at first), `tgt` holds only the tokens that are new since the last call. Each call
-        then costs as much as one token, not as the whole sentence.
+        With a cache (at first an empty dict), tgt holds only the tokens since the last call: none is computed twice.
         """
         start = cache[self.decoder[0].self_attention][0].size(2) if cache else 0
-        # The causal mask, True = may attend: row i is the query at position i. All T positions train in parallel
-        # (teacher forcing), and none of them sees the tokens it has to predict.     1 0 0 0
-        # It also hides the padding, which comes after all real tokens. With a       1 1 0 0
-        # cache only the rows of the new tokens are computed: the last row, if       1 1 1 0
-        # three of these four tokens are in the cache.                               1 1 1 1
+        # The causal mask, 1 = may attend. Row i is the query at position i, and it predicts       1 0 0 0
+        # token i + 1, so it must not see it. That lets all T positions train in parallel.         1 1 0 0
+        # Padding comes after all real tokens, so it is hidden, too. With a cache only the rows    1 1 1 0
+        # of the new tokens are left: the last one, if three of four tokens are in the cache.      1 1 1 1
         T = start + tgt.size(1)
         tgt_mask = torch.ones(T, T, dtype=torch.bool, device=tgt.device).tril()[start:]
         x, weights = self.embed(tgt, start), []
@@ -213,18 +207,16 @@ class TransformerModel(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The toy language
-#
-# German marks who does what to whom by the *article*, English by the *order*. In German the finite verb is the second
-# element, and a participle or infinitive comes last:
+# The toy language: German marks who does what to whom by the *article*, English by the *order*. In German the finite
+# verb is the second element, and a participle or infinitive comes last:
 #
 #     Der Mann sieht den Hund.                      The man sees the dog.
 #     Den Mann sieht der Hund.                      The dog sees the man.
 #     Gestern hat die Ärztin einen Vogel gehört.    Yesterday the doctor heard a bird.
-#     Das alte Pferd kann morgen den Esel wecken.   The old horse can wake the donkey tomorrow.
+#     Das junge Pferd kann morgen den Esel wecken.  The young horse can wake the donkey tomorrow.
 #
-# Every German sentence has exactly one translation, so translations can be compared word for word. Only an object that
-# is masculine ("den", not "der") may come first: "Die Frau sieht das Kind" would be ambiguous otherwise.
+# Every German sentence has exactly one translation, so translations can be compared word for word. Only a masculine
+# object ("den", not "der") may come first: in "Die Frau sieht das Kind" the article would not tell who sees whom.
 
 N_TOY_LINES = 209_773  # the size of a popular collection of German-English sentence pairs
 
@@ -291,35 +283,32 @@ def toy_pair(n):
         ("hat", [("last", participle)], [("finite+last", past)], ["gestern yesterday", ""]),
         (present, [], [("finite", third_person)], [""]),
         ("kann", [("last", infinitive)], [("finite", "can"), ("last", base)], ["heute today", "morgen tomorrow", ""])])
-    adverb = pick(adverbs).split()
-    adverb = [("adverb", *adverb)] if adverb else []
+    adverb = [("adverb", *words.split()) for words in [pick(adverbs)] if words]
 
     first = pick(["subject"] + ["object"] * (object_noun[1] == "m" and definite) + ["adverb"] * len(adverb))
     parts = {"subject": subject, "adverb": adverb, "object": object_}
     german = [*parts.pop(first), ("finite", finite), *itertools.chain(*parts.values()), *last, (".", ".")]
-    english = [*subject, *english_verb, *object_]
-    english = [*adverb, *english, (".", ".")] if first == "adverb" else [*english, *adverb, (".", ".")]
+    english = [*subject, *english_verb, *object_, (".", ".")]
+    english = [*adverb, *english] if first == "adverb" else [*english[:-1], *adverb, english[-1]]
     index = {slot: i for i, (slot, *_) in enumerate(german)}
     alignment = [[index[slot] for slot in slots.split("+")] for slots, *_ in english]
     german, english = (" ".join(words[:-1]) + "." for words in ([w[1] for w in german], [w[-1] for w in english]))
     return german[0].upper() + german[1:], english[0].upper() + english[1:], alignment
 
 
-def toy_lines(part, n_lines):
-    """The lines of a part of the toy language, among the first `n_lines`, as triples of `toy_pair`.
+def part_of(german):
+    """The part of a sentence pair, decided by a hash of the German sentence: "test" and "val" get 1 in 32 each."""
+    return {0: "test", 1: "val"}.get(zlib.crc32(german.encode()) % 32, "train")
 
-    "val" and "test" get 1 in 32 German sentences each, "train" the others. A hash of the German sentence decides, so
-    repeated lines are in the same part; each is returned once.
-    """
-    lines = {}
-    for triple in map(toy_pair, range(1, n_lines + 1)):
-        if {0: "test", 1: "val"}.get(zlib.crc32(triple[0].encode()) % 32, "train") == part:
-            lines[triple[0]] = triple
+
+def toy_lines(part, n_lines):
+    """The results of `toy_pair` for one part of the first `n_lines` lines, each German sentence once."""
+    lines = {line[0]: line for line in map(toy_pair, range(1, n_lines + 1)) if part_of(line[0]) == part}
     return list(lines.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Multi30k, and text files of your own
+# Data: Multi30k, and text files of your own
 
 MULTI30K_URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
 MULTI30K_SHA256 = {
@@ -331,67 +320,45 @@ MULTI30K_SHA256 = {
     "test_2016_flickr.en.gz": "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9"}
 
 
-def multi30k_pairs(part):
-    """(German, English) pairs of the part "train", "val" or "test" (test_2016_flickr) of Multi30k.
+def load_pairs(data, part):
+    """(German, English) pairs of the part "train", "val" or "test" of "toy", "multi30k" or a text file.
 
-    Elliott et al. 2016, "Multi30K: Multilingual English-German Image Descriptions", https://arxiv.org/abs/1605.00459
+    A line of a text file, in UTF-8, is English, a tab, German; further columns are ignored. Its part "all" is the file.
     """
-    texts = []
-    for language in ("de", "en"):
-        name = f"{'test_2016_flickr' if part == 'test' else part}.{language}.gz"
-        path = os.path.join("data", "multi30k", name)
-        download(MULTI30K_URL + name, path, MULTI30K_SHA256[name])
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            texts.append([line.strip() for line in file])
-    return list(zip(*texts))
-
-
-def file_pairs(path):
-    """(German, English) pairs of a UTF-8 text file; a line is English, a tab, German; further columns are ignored."""
+    if data == "toy":  # as many lines as each part needs
+        n_lines = {"train": 100_000, "val": 10_000, "test": 30_000}[part]
+        return [(german, english) for german, english, _ in toy_lines(part, n_lines)]
+    if data == "multi30k":  # Elliott et al. 2016, https://arxiv.org/abs/1605.00459
+        texts = []
+        for language in ("de", "en"):
+            name = f"{'test_2016_flickr' if part == 'test' else part}.{language}.gz"
+            path = os.path.join("data", "multi30k", name)
+            download(MULTI30K_URL + name, path, MULTI30K_SHA256[name])
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                texts.append([line.strip() for line in file])
+        return list(zip(*texts))
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(data, encoding="utf-8-sig") as file:
             lines = file.read().rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"cannot read {path}: {error}")
+        sys.exit(f"cannot read {data}: {error}")
     pairs = []
     for n, line in enumerate(lines, start=1):
         english, german = ([column.strip() for column in line.split("\t")] + [""])[:2]
         if not (english and german):
-            sys.exit(f"{path}, line {n}: expected English, a tab and German, found {line[:40]!r}")
-        pairs.append((german, english))
-    return pairs
-
-
-def load_pairs(data, part):
-    """(German, English) pairs of the part "train", "val" or "test" of "toy", "multi30k" or a text file."""
-    if data == "toy":
-        n_lines = {"train": 100_000, "val": 10_000, "test": 40_000}[part]
-        return [(german, english) for german, english, _ in toy_lines(part, n_lines)]
-    if data == "multi30k":
-        return multi30k_pairs(part)
-    # A hash sorts the German sentences of a file; the first 5 % are the test part, the next 5 % the validation part.
-    pairs = file_pairs(data)
-    sentences = sorted({german for german, _ in pairs}, key=lambda german: (zlib.crc32(german.encode()), german))
-    if len(sentences) < 3:
-        sys.exit(f"{data} needs at least 3 different German sentences: to train, to validate and to test")
-    n = min(1000, math.ceil(len(sentences) / 20))
-    chosen = set({"test": sentences[:n], "val": sentences[n:2 * n], "train": sentences[2 * n:]}[part])
-    return [pair for pair in pairs if pair[0] in chosen]
+            sys.exit(f"{data}, line {n}: expected English, a tab and German, found {line[:40]!r}")
+        if part in ("all", part_of(german)):
+            pairs.append((german, english))
+    return pairs or sys.exit(f"{data} has too few lines: its {part} part is empty")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokens: byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909)
-#
-# Every text is a sequence of bytes, so 256 tokens can represent any of them. Then the most frequent pair of adjacent
-# tokens becomes a new token, again and again, until frequent words are single tokens: " H" "und" becomes " Hund".
+# Tokens: byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). Every text is a sequence of
+# bytes, so 256 tokens can represent any of them. Then the most frequent pair of adjacent tokens becomes a new token,
+# again and again, until frequent words are single tokens: " H" "und" becomes " Hund".
 
 WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")      # merges stay within a word; the space before a word belongs to it
 FIRST_BYTE = EOS + 1                            # tokens: PAD, BOS, EOS, the 256 bytes, then one for each merge
-
-
-def word_bytes(word):
-    """The tokens of a word before any merge: its UTF-8 bytes. Lone surrogates, which UTF-8 excludes, are kept."""
-    return [FIRST_BYTE + byte for byte in word.encode("utf-8", "surrogatepass")]
 
 
 def merge(tokens, pair, token):
@@ -406,39 +373,38 @@ def merge(tokens, pair, token):
 
 
 def learn_merges(texts, n_merges):
-    """The `n_merges` pairs to merge, in order. Stops early when no pair occurs twice.
+    """The first `n_merges` pairs to merge, in order. Stops early when no pair occurs twice.
 
-    Counting all pairs again after each merge would be slow. Instead each distinct word is stored once, with its
-    frequency, and a merge updates only the counts of the words that contain the pair.
+    Each distinct word is stored once, with its frequency. A merge updates only the counts of the words that contain
+    the pair, since counting all pairs again each time would be slow.
     """
     frequency = collections.Counter(word for text in texts for word in WORD.findall(text))
-    words = [(word_bytes(word), n) for word, n in frequency.items()]
+    words = [([FIRST_BYTE + b for b in word.encode("utf-8", "surrogatepass")], n) for word, n in frequency.items()]
     counts, where = collections.Counter(), collections.defaultdict(set)  # of each pair: how often, in which words
     for i, (tokens, n) in enumerate(words):
         for pair in zip(tokens, tokens[1:]):
             counts[pair] += n
             where[pair].add(i)
-    heap = [(-n, pair) for pair, n in counts.items()]
+    heap = [(-n, pair) for pair, n in counts.items()]                    # heapq pops the smallest
     heapq.heapify(heap)
     merges = []
     while heap and len(merges) < n_merges:
-        n, pair = heapq.heappop(heap)           # heapq pops the smallest, so the counts in it are negative
+        n, pair = heapq.heappop(heap)
         if counts[pair] != -n or n > -2:        # an outdated entry, or a pair that occurs once
             continue
-        token, changed = FIRST_BYTE + 256 + len(merges), set()
-        merges.append(pair)
+        changed = set()
         for i in where.pop(pair):
             old, n = words[i]
-            new = merge(old, pair, token)
+            new = merge(old, pair, FIRST_BYTE + 256 + len(merges))
             words[i] = new, n
-            for p in zip(old, old[1:]):
-                counts[p] -= n
-            for p in zip(new, new[1:]):
-                counts[p] += n
-                where[p].add(i)
-            changed.update(zip(old, old[1:]), zip(new, new[1:]))
+            for tokens, change in (old, -n), (new, n):
+                for p in zip(tokens, tokens[1:]):
+                    counts[p] += change
+                    where[p].add(i)
+                    changed.add(p)
         for p in changed:
             heapq.heappush(heap, (-counts[p], p))
+        merges.append(pair)
     return merges
 
 
@@ -453,19 +419,15 @@ class Tokenizer:
             self.pieces.append(self.pieces[left] + self.pieces[right])
         self.encoded = {}                                                # words seen before, with their tokens
 
-    def encode_word(self, word):
-        """The tokens of one word: its bytes, merged in the order in which the merges were learned."""
-        if word not in self.encoded:
-            tokens = word_bytes(word)
+    def encode(self, text):
+        """The tokens of a text, a list of ints: the bytes of each word, merged in the order of `merges`."""
+        for word in set(WORD.findall(text)) - self.encoded.keys():
+            tokens = [FIRST_BYTE + b for b in word.encode("utf-8", "surrogatepass")]
             while pairs := [pair for pair in zip(tokens, tokens[1:]) if pair in self.rank]:
                 pair = min(pairs, key=self.rank.get)
                 tokens = merge(tokens, pair, FIRST_BYTE + 256 + self.rank[pair])
             self.encoded[word] = tokens
-        return self.encoded[word]
-
-    def encode(self, text):
-        """The tokens of a text, a list of ints."""
-        return [token for word in WORD.findall(text) for token in self.encode_word(word)]
+        return [token for word in WORD.findall(text) for token in self.encoded[word]]
 
     def decode(self, tokens):
         """The text of a list of tokens. Invalid UTF-8, which a model may produce, is replaced by question marks."""
@@ -477,15 +439,12 @@ class Tokenizer:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Batches, loss, learning rate
-
-
+# Training: batches, loss, learning rate
 def make_batches(examples, batch_tokens, seed):
-    """Batches without end: lists of indices of examples (src, tgt), about `batch_tokens` tokens with padding.
+    """Endless batches: lists of indices of examples (src, tgt), about `batch_tokens` tokens each, padding included.
 
-    Sentences of similar length are in the same batch, so there is little padding. Random noise is added to the lengths
-    before sorting, so every epoch has different batches. All of it follows from the seed, so a resumed training finds
-    its place by skipping the batches it has already seen.
+    Sentences of similar length share a batch, so there is little padding; random noise is added to the lengths before
+    sorting, so every epoch has other batches. The seed determines them, so a resumed training can skip the first ones.
     """
     for epoch in itertools.count():
         rng = random.Random(seed + epoch)
@@ -509,12 +468,11 @@ def pad(rows, device):
 
 
 def batch_loss(model, examples, device, label_smoothing=0.0):
-    """Cross-entropy of the target tokens of a batch, summed over the tokens that are not padding.
+    """Cross-entropy, summed over all target tokens of a batch that are not padding.
 
-    The decoder reads tgt without its last token and predicts tgt without its first (teacher forcing). With label
-    smoothing (section 5.4) the target distribution gives the right token 1 - label_smoothing and spreads the rest over
-    all tokens. That keeps the model from becoming overconfident. It also raises the loss: the best possible prediction
-    no longer has loss 0, but the entropy of that distribution.
+    The decoder reads tgt without its last token and predicts tgt without its first. Label smoothing (section 5.4) takes
+    the fraction `label_smoothing` of the target's probability and spreads it over all tokens. That keeps the model from
+    becoming overconfident, and it raises the loss: even a perfect prediction has the entropy of the smoothed target.
     """
     src, tgt = (pad(side, device) for side in zip(*examples))            # (B, S), (B, T + 1)
     logits, _ = model(src, tgt[:, :-1], need_weights=False)              # (B, T, vocab_size)
@@ -524,11 +482,10 @@ def batch_loss(model, examples, device, label_smoothing=0.0):
 
 @torch.no_grad()
 def validation_loss(model, examples, device):
-    """The mean cross-entropy of all target tokens, without label smoothing and dropout."""
+    """Mean cross-entropy of all target tokens, without dropout and label smoothing. Leaves the model in eval mode."""
     model.eval()
     examples = sorted(examples, key=lambda example: len(example[1]))     # similar lengths, little padding
     total = sum(batch_loss(model, examples[i:i + 64], device).item() for i in range(0, len(examples), 64))
-    model.train()
     return total / sum(len(tgt) - 1 for _, tgt in examples)
 
 
@@ -542,11 +499,9 @@ def learning_rate(step, steps, peak):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Decoding
-
-
 @torch.no_grad()
 def beam_search(model, src, beam, length_penalty=1.0):
-    """The best translation found for each sentence of src (B, S): tokens (B, T), EOS and PAD after the end.
+    """The best translation found for each sentence of src (B, S): tokens (B, T) up to EOS, then PAD.
 
     Every step extends each of the `beam` best partial hypotheses by every token and keeps the `beam` best results. With
     beam = 2, and log probabilities in brackets:
@@ -572,39 +527,38 @@ def beam_search(model, src, beam, length_penalty=1.0):
         log_probs[..., PAD][ended] = 0.0
         lengths = lengths + ~ended
         extended = scores.unsqueeze(-1) + log_probs                      # (B, K, vocab_size)
-        best = (extended / lengths.unsqueeze(-1) ** length_penalty).flatten(1).topk(beam).indices        # (B, beam)
+        ranking = (extended / lengths.unsqueeze(-1) ** length_penalty).flatten(1)        # (B, K * vocab_size)
+        best = ranking.topk(min(beam, ranking.size(1))).indices          # (B, beam)
         parent, token = best // log_probs.size(-1), best % log_probs.size(-1)
         scores, lengths = extended.flatten(1).gather(1, best), lengths.gather(1, parent)
         ended = ended.gather(1, parent) | (token == EOS)
         rows = (K * torch.arange(B, device=src.device).unsqueeze(1) + parent).flatten()    # (B * beam,) their parents
         tokens = torch.cat([tokens[rows], token.view(-1, 1)], dim=1)
         if beam > 1:  # every hypothesis goes on with the cache of its parent
-            memory, src_mask, K = memory[rows], src_mask[rows], beam
+            memory, src_mask, K = memory[rows], src_mask[rows], best.size(1)
             cache = {module: (key[rows], value[rows]) for module, (key, value) in cache.items()}
-    return tokens.view(B, beam, -1)[:, 0, 1:]
+    return tokens.view(B, K, -1)[:, 0, 1:]
 
 
 def translate(model, tokenizer, sentences, beam):
-    """Translate a list of strings, in batches of 64 sentences of similar length."""
+    """Translate a list of strings, in batches of 64 sentences of similar length. An empty string stays empty."""
     sources = [tokenizer.encode(sentence) + [EOS] for sentence in sentences]
-    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
-    translations = [""] * len(sources)
+    order = sorted((i for i, sentence in enumerate(sentences) if sentence.strip()), key=lambda i: len(sources[i]))
+    translations = [""] * len(sentences)
     for start in range(0, len(order), 64):
         rows = order[start:start + 64]
         src = pad([sources[i] for i in rows], model.token_embedding.weight.device)         # (B, S)
         for i, tokens in zip(rows, beam_search(model, src, beam).tolist()):
-            translations[i] = tokenizer.decode(tokens)                   # EOS and PAD are empty strings
+            translations[i] = tokenizer.decode(tokens)                   # EOS and PAD have no bytes
     return translations
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # BLEU
-
-
 def bleu_words(text):
-    """Split a text into the words and punctuation marks that BLEU compares, as the standard script mteval-v13a does."""
-    for entity, sign in (("<skipped>", ""), ("-\n", ""), ("\n", " "), ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"),
-                         ("&gt;", ">")):
+    """Split a text into words and punctuation marks as mteval-v13a, the standard script, does."""
+    for entity, sign in {"<skipped>": "", "-\n": "", "\n": " ", "&quot;": '"', "&amp;": "&", "&lt;": "<",
+                         "&gt;": ">"}.items():
         text = text.replace(entity, sign)
     text = re.sub(r"([!-&(-+/:-@[-`{-~])", r" \1 ", f" {text} ")         # all punctuation but ' , - .
     text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)                    # . and , unless they follow a digit
@@ -613,11 +567,10 @@ def bleu_words(text):
 
 
 def bleu(translations, references):
-    """BLEU from 0 to 100 of a list of translations with one reference each (Papineni et al. 2002).
+    """BLEU (Papineni et al. 2002) from 0 to 100, as sacreBLEU computes it by default, with one reference each.
 
-    The geometric mean of the precisions of n-grams, n = 1 to 4: the fraction of the n-grams in the translations that
-    also occur in the reference. It is reduced if the translations are shorter than the references (brevity penalty).
-    Equals sacreBLEU's default: case-sensitive, 13a tokens, exponential smoothing.
+    The geometric mean of the n-gram precisions, n = 1 to 4 (the fraction of the n-grams in the translations that also
+    occur in the reference), reduced if the translations are shorter than the references.
     """
     matches, totals, length, reference_length = [0] * 4, [0] * 4, 0, 0
     for translation, reference in zip(translations, references):
@@ -638,81 +591,55 @@ def bleu(translations, references):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What does cross-attention attend to?
-
-
 @torch.no_grad()
 def alignment_accuracy(model, tokenizer, lines):
-    """How often does each head attend most to the right source word, on lines of the toy language?
+    """How often does each head attend most to the right source word, on lines of the toy language? One token per word.
 
-    The model reads the reference translation, and for every target word we look up the most attended source word,
-    leaving out <eos>. There are two rows to look at: the row that *produces* the word, where it is the token to predict,
-    and the row that *consumes* it, where it is the input (Chen et al. 2020, https://arxiv.org/abs/2004.14837). Returns
-    the fraction of right words (2, n_dec_layers, H), and that of two baselines: a random source word (chance), and the
-    source word at the same position (diagonal). Full stops are not counted.
+    The model reads the reference translation. For every target word we take the most attended source word, leaving out
+    <eos>, in two rows of the weights: the row that *produces* the word, where it is the token to predict, and the next
+    row, which *consumes* it as input (Chen et al. 2020, https://arxiv.org/abs/2004.14837). Returns the fraction of
+    words for which it is right, (2, n_dec_layers, H), and that of two baselines: a random source word (chance) and the
+    word at the same position (diagonal). Full stops are not counted.
     """
-    device = model.token_embedding.weight.device
-    hits, n_words, chance, diagonal = 0, 0, 0.0, 0
+    device, hits, chance, diagonal, n_words = model.token_embedding.weight.device, 0, 0, 0, 0
     for german, english, alignment in lines:
-        src, tgt = ([tokenizer.encode_word(word) for word in WORD.findall(text)] for text in (german, english))
-        word_of = [i for i, tokens in enumerate(src) for _ in tokens]    # the word of each source token
-        _, weights = model.decode(torch.tensor([[BOS, *itertools.chain(*tgt)]], device=device),
-                                  *model.encode(torch.tensor([[*itertools.chain(*src), EOS]], device=device)),
-                                  need_weights=True)
-        attended = torch.cat(weights)[..., :-1].argmax(dim=-1)           # (n_dec_layers, H, T) source tokens
-        row = 0
-        for i, (tokens, right) in enumerate(zip(tgt[:-1], alignment)):
-            is_right = torch.tensor([word in right for word in word_of], device=device)    # (S,)
-            rows = [row, row + len(tokens)]      # produces the first token, consumes the last (row 0 consumes BOS)
-            hits = hits + is_right[attended[..., rows]].movedim(-1, 0).float()             # (2, n_dec_layers, H)
-            n_words, chance, diagonal = n_words + 1, chance + len(right) / len(src), diagonal + (i in right)
-            row += len(tokens)
-    return hits.cpu() / n_words, chance / n_words, diagonal / n_words
-
-
-def plot_alignment(accuracy, chance, diagonal, path):
-    """Bar chart of the alignment accuracy (2, n_dec_layers, H) of every head, with the two baselines."""
-    _, n_layers, n_heads = accuracy.shape
-    figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
-    for reading, shift in enumerate((-0.2, 0.2)):
-        axis.bar([x + shift for x in range(n_layers * n_heads)], accuracy[reading].flatten().tolist(), width=0.4,
-                 label=f"row that {('produces', 'consumes')[reading]} the word")
-    axis.axhline(diagonal, color="grey", linestyle="--", label="diagonal")
-    axis.axhline(chance, color="grey", linestyle=":", label="chance")
-    axis.set_xticks(range(n_layers * n_heads), [f"{n + 1}.{h + 1}" for n in range(n_layers) for h in range(n_heads)])
-    axis.set(xlabel="decoder block.head", ylabel="right source word", ylim=(0, 1.05))
-    figure.legend(loc="outside upper center", ncols=4, fontsize=8)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    print(f"saved {path}")
+        src, tgt = tokenizer.encode(german), tokenizer.encode(english)
+        assert len(tgt) == len(alignment), "alignment needs one token per word: train with more --merges"
+        right = torch.tensor([[s in words for s in range(len(src))] for words in alignment[:-1]])        # (T, S)
+        memory, src_mask = model.encode(pad([src + [EOS]], device))
+        _, weights = model.decode(pad([[BOS] + tgt], device), memory, src_mask, need_weights=True)
+        attended = torch.cat(weights)[..., :-1].argmax(dim=-1).cpu()     # (n_dec_layers, H, T + 2) source words
+        T = len(right)
+        rows = torch.stack([attended[..., :T], attended[..., 1:T + 1]])  # (2, n_dec_layers, H, T)
+        hits, chance = hits + right[torch.arange(T), rows].sum(dim=-1), chance + right.float().mean(dim=1).sum()
+        diagonal, n_words = diagonal + right.diagonal().sum(), n_words + T
+    return hits / n_words, chance / n_words, diagonal / n_words
 
 
 @torch.no_grad()
 def plot_cross_attention(model, tokenizer, sentence, beam, path):
     """Heatmaps of the last decoder block's heads while `sentence` is translated. Row t is the one that produces t."""
     src = pad([tokenizer.encode(sentence) + [EOS]], model.token_embedding.weight.device)   # (1, S)
-    tokens = beam_search(model, src, beam)                               # (1, T)
+    tokens = beam_search(model, src, beam)
+    tokens = tokens[:, tokens[0] != PAD]                                 # (1, T)
     _, weights = model(src, F.pad(tokens, (1, 0), value=BOS)[:, :-1])    # (1, H, T, S)
-    src_labels, tgt_labels = (
-        ["<eos>" if token == EOS else tokenizer.pieces[token].decode("utf-8", "replace").replace(" ", "_")
-         for token in row if token != PAD] for row in (src[0].tolist(), tokens[0].tolist()))
-    plot_attention(weights[0], src_labels, tgt_labels, path, x_name="source token", y_name="produced token")
+    labels = [["<eos>" if token == EOS else tokenizer.pieces[token].decode("utf-8", "replace").replace(" ", "_")
+               for token in row] for row in (src[0].tolist(), tokens[0].tolist())]
+    plot_attention(weights[0], *labels, path, x_name="source token", y_name="produced token")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Using a trained model: --test, --line, --text
-
-
 def load_model(data, out_dir, device):
     """The trained model for this data and its tokenizer, from `out_dir` or else from assets/."""
     name = f"translate_{os.path.basename(data)}.pt"
-    paths = [os.path.join(folder, name) for folder in (out_dir, os.path.join(os.path.dirname(__file__), "assets"))]
-    paths = [path for path in paths if os.path.exists(path)]
-    if not paths:
-        sys.exit(f"no weights for {data}: train them with python translate.py --data {data} --out_dir {out_dir}")
-    saved = torch.load(paths[0], map_location="cpu", weights_only=True)
-    model = TransformerModel(*saved["sizes"], dropout=0.0)
-    model.load_state_dict(saved["weights"])                              # stored in float16
-    return model.to(device).eval(), Tokenizer(saved["merges"])
+    for path in (os.path.join(out_dir, name), os.path.join(os.path.dirname(__file__), "assets", name)):
+        if os.path.exists(path):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            model = TransformerModel(*saved["sizes"], dropout=0.0)
+            model.load_state_dict(saved["weights"])                      # stored in float16
+            return model.to(device).eval(), Tokenizer(saved["merges"])
+    sys.exit(f"no weights for {data}: train them with python translate.py --data {data} --out_dir {out_dir}")
 
 
 def score(model, tokenizer, pairs, beam):
@@ -723,32 +650,37 @@ def score(model, tokenizer, pairs, beam):
 
 
 def test(args):
-    """Score the test part and print the result line; on the toy language, also measure the alignment of every head."""
-    start = time.perf_counter()
+    """Score the test part. On the toy language, also measure how well every head aligns, and plot it."""
     model, tokenizer = load_model(args.data, args.out_dir, args.device)
     exact, bleu_score = score(model, tokenizer, load_pairs(args.data, "test"), args.beam)
     result = f"exact={exact:.4f} bleu={bleu_score:.2f}"
     if args.data == "toy":
         val_accuracy, _, _ = alignment_accuracy(model, tokenizer, toy_lines("val", 10_000))
-        accuracy, chance, diagonal = alignment_accuracy(model, tokenizer, toy_lines("test", 40_000))
-        print(f"fraction of target words whose most attended source word is right (chance {chance:.3f}, "
-              f"diagonal {diagonal:.3f})\nblock head | row produces  row consumes the word")
-        for n, head in itertools.product(*map(range, accuracy.shape[1:])):
-            print(f"{n + 1:5} {head + 1:4} | {accuracy[0, n, head]:12.3f} {accuracy[1, n, head]:13.3f}")
-        plot_alignment(accuracy, chance, diagonal, os.path.join(args.out_dir, "translate_alignment.png"))
-        best = accuracy.flatten()[val_accuracy.argmax()].item()          # the best head on the validation part
-        result += f" alignment={best:.4f}"
-    n_params = sum(p.numel() for p in model.parameters())
-    print(f"result: {result} params={n_params} seconds={time.perf_counter() - start:.1f}")
+        accuracy, chance, diagonal = alignment_accuracy(model, tokenizer, toy_lines("test", 30_000))
+        result += f" alignment={accuracy.flatten()[val_accuracy.argmax()]:.4f}"  # of the head that is best on val
+        print(f"most attended source word is right: chance {chance:.3f}, diagonal {diagonal:.3f}")
+        figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
+        heads = [f"{n + 1}.{h + 1}" for n in range(accuracy.size(1)) for h in range(accuracy.size(2))]
+        for reading, values, marker in zip(("produces", "consumes"), accuracy.flatten(1).tolist(), "os"):
+            print(f"row that {reading} the word, block.head:", *(f"{h} {x:.3f}" for h, x in zip(heads, values)))
+            axis.plot(heads, values, marker, label=f"row that {reading} the word")
+        axis.axhline(diagonal, color="grey", linestyle="--", label="diagonal")
+        axis.axhline(chance, color="grey", linestyle=":", label="chance")
+        axis.set(xlabel="decoder block.head", ylabel="right source word", ylim=(-0.05, 1.05))
+        figure.legend(loc="outside upper center", ncols=4, fontsize=8)
+        path = os.path.join(args.out_dir, "translate_alignment.png")
+        figure.savefig(path, dpi=100)
+        print(f"saved {path}")
+    return f"{result} params={sum(p.numel() for p in model.parameters())}"
 
 
 def translate_texts(args):
     """Translate the sentences of --line or --text, print the translations, and plot the attention with --plot."""
     if args.line is None:
-        texts = [sys.stdin.read().split("\n")[:-1] if text == "-" else [text] for text in args.text]
+        texts = [[line.rstrip("\n") for line in sys.stdin] if text == "-" else [text] for text in args.text]
         sentences = list(itertools.chain(*texts))
     else:
-        pairs = {"toy": list, "multi30k": lambda: multi30k_pairs("test")}.get(args.data, lambda: file_pairs(args.data))()
+        pairs = [] if args.data == "toy" else load_pairs(args.data, "test" if args.data == "multi30k" else "all")
         n_lines = len(pairs) or N_TOY_LINES
         if not 1 <= args.line <= n_lines:
             sys.exit(f"--line {args.line}: {args.data} has lines 1 to {n_lines}")
@@ -760,18 +692,17 @@ def translate_texts(args):
         if len(tokenizer.encode(sentence)) >= model.max_len:
             sys.exit(f"a text may have {model.max_len - 1} tokens, this one has {len(tokenizer.encode(sentence))}: "
                      f"{sentence[:40]}...")
-    translations = iter(translate(model, tokenizer, [s for s in sentences if s.strip()], args.beam))
-    for n, sentence in enumerate(sentences):
-        print(next(translations) if sentence.strip() else "")           # an empty line stays an empty line
-        if args.plot and sentence.strip():
-            name = f"translate_{os.path.basename(args.data)}{f'_{n + 1}' if n else ''}.png"
-            plot_cross_attention(model, tokenizer, sentence, args.beam, os.path.join(args.out_dir, name))
+    for n, translation in enumerate(translate(model, tokenizer, sentences, args.beam), start=1):
+        print(translation)
+        if args.plot and translation:
+            name = f"translate_{os.path.basename(args.data)}_{n}.png"
+            plot_cross_attention(model, tokenizer, sentences[n - 1], args.beam, os.path.join(args.out_dir, name))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 OPTIONS = {  # training options whose defaults depend on the data: type, toy language, other data, help
-    "steps": (positive(int), 300, 18000, "training steps"),
+    "steps": (positive(int), 500, 18000, "training steps"),
     "batch_tokens": (positive(int), 4000, 2000, "tokens in each batch, both languages together"),
     "lr": (positive(float), 0.003, 0.0015, "peak learning rate"),
     "dropout": (float, 0.0, 0.25, "dropout probability"),
@@ -807,89 +738,86 @@ if __name__ == "__main__":
     if args.line is not None or args.text:
         sys.exit(translate_texts(args))
     if args.test:
-        sys.exit(test(args))
+        print(f"result: {test(args)} seconds={time.perf_counter() - start:.1f}")
+        sys.exit()
 
-    # Several processes under torchrun: each takes a part of every batch, DistributedDataParallel averages the gradients.
+    # Under torchrun every process takes a part of each batch, and DistributedDataParallel averages the gradients.
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
 
-    # The checkpoint holds an unfinished training, and is removed at its end, when the weights are written.
+    # The checkpoint is an unfinished training. At the end it is replaced by the weights.
     weights_path = os.path.join(args.out_dir, f"translate_{os.path.basename(args.data)}.pt")
-    checkpoint_path = weights_path.replace(".pt", "_checkpoint.pt")
-    checkpoint = None
-    if args.resume:
-        if not os.path.exists(checkpoint_path):
-            sys.exit(f"nothing to resume: there is no {checkpoint_path}")
-        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-    elif os.path.exists(checkpoint_path):
-        sys.exit(f"{checkpoint_path} holds an unfinished training: continue it with --resume, or delete the file")
+    checkpoint_path = os.path.join(args.out_dir, f"translate_{os.path.basename(args.data)}_checkpoint.pt")
+    if os.path.exists(checkpoint_path) != args.resume:
+        sys.exit(f"{checkpoint_path} does not exist, there is nothing to resume" if args.resume else
+                 f"{checkpoint_path} is an unfinished training: continue it with --resume, or delete the file")
 
     train_pairs, val_pairs = load_pairs(args.data, "train"), load_pairs(args.data, "val")
     settings = {name: getattr(args, name) for name in ("data", "seed", *OPTIONS)}
-    settings["checksum of the training data"] = zlib.crc32(repr(train_pairs).encode())
-    if checkpoint and checkpoint["settings"] != settings:
-        name = next(name for name in settings if checkpoint["settings"].get(name) != settings[name])
-        sys.exit(f"cannot resume {checkpoint_path}: its {name} is {checkpoint['settings'].get(name)}, not {settings[name]}")
-    tokenizer = Tokenizer(checkpoint["merges"] if checkpoint else learn_merges(itertools.chain(*train_pairs), args.merges))
+    settings["checksum of the data"] = zlib.crc32(repr(train_pairs).encode())
+    checkpoint = None
+    if args.resume:
+        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        if checkpoint["settings"] != settings:
+            sys.exit(f"cannot resume: {checkpoint_path} was made with {checkpoint['settings']}, not {settings}")
+    merges = checkpoint["merges"] if checkpoint else learn_merges(itertools.chain(*train_pairs), args.merges)
+    tokenizer = Tokenizer(merges)
     examples, val_examples = ([(tokenizer.encode(german) + [EOS], [BOS, *tokenizer.encode(english), EOS])
                                for german, english in pairs] for pairs in (train_pairs, val_pairs))
-    # sentences with more tokens than the model has positions are left out
-    examples, val_examples = ([example for example in part if max(map(len, example)) <= MAX_LEN]
-                              for part in (examples, val_examples))
+    examples = [example for example in examples if max(map(len, example)) <= MAX_LEN]      # some may be too long
+    val_examples = [example for example in val_examples if max(map(len, example)) <= MAX_LEN]
     sizes = len(tokenizer.pieces), MAX_LEN, args.d_model, args.n_heads, args.n_enc_layers, args.n_dec_layers
     model = TransformerModel(*sizes, args.dropout).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
-    first_step = 0
+    first_step = checkpoint["step"] if checkpoint else 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        first_step = checkpoint["step"]
     n_params = sum(p.numel() for p in model.parameters())
     if rank == 0:
-        print(f"{n_params:,} parameters, {len(examples):,} sentence pairs to train on, {len(val_examples):,} to validate")
+        print(f"{n_params:,} parameters, {len(examples):,} pairs to train on, {len(val_examples):,} to validate")
 
     net = model if world_size == 1 else nn.parallel.DistributedDataParallel(model)
     batches = itertools.islice(make_batches(examples, args.batch_tokens, args.seed), first_step, None)
+    model.train()
     for step in range(first_step, args.steps):
         torch.manual_seed(args.seed + step * world_size + rank)          # dropout depends on the step alone: --resume
         indices = next(batches)
-        n_targets = sum(len(examples[i][1]) - 1 for i in indices)        # in the batches of all processes
-        mine = [examples[i] for i in indices[rank::world_size]]
+        n_targets = sum(len(examples[i][1]) - 1 for i in indices)        # of all processes
+        batch = [examples[i] for i in indices[rank::world_size]] or [examples[indices[0]]]     # DDP needs one from each
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-            # every process needs a backward pass, even if the batch has fewer sentences than there are processes
-            loss = batch_loss(net, mine or [examples[indices[0]]], args.device, label_smoothing=0.1)
-        loss = loss / n_targets * bool(mine)
+            loss = batch_loss(net, batch, args.device, label_smoothing=0.1) / n_targets
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
         optimizer.zero_grad()
-        (loss * world_size).backward()                                   # the sum over all processes, not the mean
+        (loss * world_size).backward()                                   # DDP averages, but this is a sum
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-        if rank == 0 and step == 0:
+        if step == 0 and rank == 0:
             print(f"step 0: loss {loss:.4f}, uniform prediction ln {sizes[0]} = {math.log(sizes[0]):.4f}", flush=True)
-        if rank == 0 and ((step + 1) % max(1, args.steps // 20) == 0 or step + 1 == args.steps):
-            val_loss = validation_loss(model, val_examples, args.device)
-            print(f"step {step + 1}: loss {loss:.4f}, validation loss {val_loss:.4f}, {time.perf_counter() - start:.0f} s")
-            model.eval()
-            print("   ", translate(model, tokenizer, [val_pairs[0][0]], args.beam)[0], flush=True)
+        if (step + 1) % max(1, args.steps // 20) == 0 and rank == 0:
+            val_loss, seconds = validation_loss(model, val_examples, args.device), time.perf_counter() - start
+            print(f"step {step + 1}: loss {loss:.4f}, validation loss {val_loss:.4f}, {seconds:.0f} s")
+            print("   ", *translate(model, tokenizer, [val_pairs[0][0]], args.beam), flush=True)
             model.train()
-            # write to a temporary file and rename it: a kill at any moment leaves a complete checkpoint
-            torch.save({"settings": settings, "merges": tokenizer.merges, "step": step + 1, "model": model.state_dict(),
+            # written to a temporary file and renamed, so a kill at any moment leaves a complete checkpoint
+            torch.save({"settings": settings, "merges": merges, "step": step + 1, "model": model.state_dict(),
                         "optimizer": optimizer.state_dict()}, checkpoint_path + ".tmp")
             os.replace(checkpoint_path + ".tmp", checkpoint_path)
 
+    if world_size > 1:
+        distributed.destroy_process_group()
     if rank == 0:
         weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
-        torch.save({"sizes": sizes, "merges": tokenizer.merges, "weights": weights}, weights_path + ".tmp")
+        torch.save({"sizes": sizes, "merges": merges, "weights": weights}, weights_path + ".tmp")
         os.replace(weights_path + ".tmp", weights_path)
-        os.remove(checkpoint_path)
+        if os.path.exists(checkpoint_path):
+            os.remove(checkpoint_path)
         print(f"saved {weights_path}")
         exact, bleu_score = score(*load_model(args.data, args.out_dir, args.device), val_pairs, args.beam)
         print(f"result: exact={exact:.4f} bleu={bleu_score:.2f} params={n_params} "
               f"seconds={time.perf_counter() - start:.1f}")
-    if world_size > 1:
-        distributed.destroy_process_group()
