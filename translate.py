@@ -705,7 +705,7 @@ OPTIONS = {  # training options whose defaults depend on the data: type, toy lan
     "steps": (positive(int), 500, 18000, "training steps"),
     "batch_tokens": (positive(int), 4000, 2000, "tokens in each batch, both languages together"),
     "lr": (positive(float), 0.003, 0.0015, "peak learning rate"),
-    "dropout": (float, 0.0, 0.25, "dropout probability"),
+    "dropout": (float, 0.1, 0.25, "dropout probability"),
     "d_model": (positive(int), 64, 192, "width of the model"),
     "n_heads": (positive(int), 4, 4, "attention heads"),
     "n_enc_layers": (positive(int), 2, 3, "encoder blocks"),
