@@ -1,65 +1,45 @@
-"""Can a Transformer encoder tell odd from even, and how small may it be?
-The input is a string of bits, the class is its parity: 1 if the number of ones is odd, else 0. A Transformer encoder
-built from its parts (attention, multi-head attention, block, classifier) learns it from 800 random strings.
+"""
+Train a Transformer encoder to tell whether a bit string has an odd number of ones, and find the smallest that can.
 
-It is a harder task than it looks. The answer changes with every single bit, so nothing less than all of them helps, and
-the loss stays near ln 2 for a hundred steps or more before it suddenly falls. And the model has no positions: it cannot
-tell 0011 from 1010. For parity that is no loss, since the order of the bits does not matter, and it has three
-consequences:
+Parity looks trivial but is hard to learn: flipping any single bit flips the label, so no proper subset of the bits
+carries information, and the loss sits at ln 2 for a hundred steps before anything happens. There are no positional
+embeddings, so the model cannot see the order of the bits, only how many ones there are. Three things follow:
 
-  * Of the 2^T strings of length T the model sees only T + 1 different ones, one for each number of ones. So its
-    accuracy need not be estimated on a test set: it is *computed*, over all 2^T strings, from T + 1 of them.
-  * About half of the 200 validation strings also occur among the 800 training strings, and nearly all the others are a
-    training string in another order. `accuracy_all`, the computed one, is the number to believe.
-  * A string and the same string written twice have the same logits (the outputs, one for each class, whose softmax are
-    the probabilities) at any width and any depth: attention is a weighted mean over the tokens, at the end the plain
-    mean over them is taken (pooling), and doubling every token changes no weighted mean. But the doubled string is
-    always even. So no member of this family, however large, is right at all strings of both length T
-    and length 2T, and none computes parity for *all* lengths.
+- A string of length 10 is one of just 11 distinct inputs, so the accuracy on all 1,024 strings can be computed instead
+  of estimated. Validation proves little: nearly every validation string is a training string in another order.
+- The difference of the two logits is a function f(c) of the number of ones c. To be right everywhere, f has to change
+  sign between all neighbouring counts: a sawtooth with 10 sign changes.
+- Attention and pooling are weighted means, so a string and the same string written twice get the same logits. The
+  doubled one always has even parity, so no model of this family computes parity for all lengths.
 
-    python parity.py                    two blocks of width 8, 2,426 parameters, strings of length 10
-    python parity.py --d_model 16       a wider one
-    python parity.py --sweep            the smallest configuration that still works, in a few minutes
+$ python parity.py                # 2 blocks, width 8, 2,426 parameters
+$ python parity.py --d_model 16
+$ python parity.py --sweep        # how small can it get? 32 parameters pass 0.95, 46 get all 1,024 strings right
 
-You will see the loss start near ln 2 and the accuracy over all 1,024 strings go from 0.5 to nearly 1, and two pictures
-in out/: the curves beside the sawtooth that the model has learned (the difference of its two logits against the number
-of ones), and what its heads attend to.
-
-The sweep's answer. 100 parameters (d_model 3, everything else 1) get all 1,024 strings right, and 58 parameters
-(d_model 2) all but one. Few seeds get there: a LayerNorm over two features is nearly a sign function, and gradients see
-little of a sign. With d_model 1 it cannot work: a LayerNorm over one feature subtracts the feature from itself and
-returns its bias whatever comes in, so the final one hands the same number to the classifier for every string, and
-parity is odd for exactly half of them. As every other size is 1 already, 58 is the smallest with a block that can work
-at all. Without a block mean pooling alone can count, at a fixed length: 122 parameters (width 8) get all but one right.
-
-Transformers *with* positions can do more, but not with one layer: no one-layer Transformer computes it for all lengths
-(Kozachinskiy, Steifer and Walega 2026, https://arxiv.org/abs/2602.05896, version 2). With two layers there is a
-construction (Chiang and Cholak 2022, https://arxiv.org/abs/2202.12172). Learning it is another matter: one bit among T
-moves the output of soft attention by no more than about 1 / T (Hahn 2020, https://arxiv.org/abs/1906.06755).
-
-The model is the encoder of Vaswani et al. 2017, "Attention Is All You Need" (https://arxiv.org/abs/1706.03762) without
-positions and dropout, with SiLU for ReLU, heads as wide as the model, and the LayerNorms moved in front of the
-sublayers, as in Xiong et al. 2020 (https://arxiv.org/abs/2002.04745).
+The encoder of Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762, pre-norm as in Xiong
+et al. 2020 (https://arxiv.org/abs/2002.04745), SiLU for ReLU. Limits of attention: Hahn 2020, arXiv 1906.06755.
 """
 
-import collections
+import argparse
+import copy
 import math
 import os
+import sys
+import time
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import attention, check_finite, fail, make_parser, number, plot_attention, print_first_loss, \
-    print_result, progress, run, save_figure, save_weights, start
+from attention import attention, parse_args, plot_attention, positive
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The model. B strings, T bits in each; every module but the last keeps the shape (B, T, d_model).
+# Model
 
 
 class SelfAttention(nn.Module):
-    """One head: every token asks all tokens (Vaswani et al. 2017, section 3.2.1). (B, T, d_model) -> same shape."""
+    """One head (Vaswani et al. 2017, section 3.2.1)."""
 
     def __init__(self, d_model, d_key):
         super().__init__()
@@ -67,17 +47,16 @@ class SelfAttention(nn.Module):
         self.w_k = nn.Linear(d_model, d_key)
         self.w_v = nn.Linear(d_model, d_model)
 
-    def forward(self, x):
-        query, key, value = self.w_q(x), self.w_k(x), self.w_v(x)        # (B, T, d_key) twice, (B, T, d_model)
-        output, _ = attention(query, key, value)                         # (B, T, d_model)
-        return output
+    def forward(self, x):                                                   # (B, T, d_model)
+        output, _ = attention(self.w_q(x), self.w_k(x), self.w_v(x))
+        return output                                                       # (B, T, d_model)
 
 
 class MultiHeadSelfAttention(nn.Module):
-    """Several heads side by side, mixed by one linear map (section 3.2.2). (B, T, d_model) -> same shape.
+    """Several heads in parallel, mixed by one linear map (section 3.2.2).
 
-    Each head is a module of its own because that is how the formula reads; `nn.MultiheadAttention` computes all heads
-    in one matrix product, and lets each return only d_model / n_heads numbers.
+    Each head is a module of its own, as in the formula, and returns d_model features. `nn.MultiheadAttention` computes
+    all heads in one matrix product, and each returns only d_model / n_heads features.
     """
 
     def __init__(self, d_model, d_key, n_heads):
@@ -85,19 +64,13 @@ class MultiHeadSelfAttention(nn.Module):
         self.heads = nn.ModuleList(SelfAttention(d_model, d_key) for _ in range(n_heads))
         self.w_o = nn.Linear(n_heads * d_model, d_model)
 
-    def forward(self, x):
-        x = torch.cat([head(x) for head in self.heads], dim=-1)          # (B, T, n_heads * d_model)
-        return self.w_o(x)                                               # (B, T, d_model)
+    def forward(self, x):                                                   # (B, T, d_model)
+        x = torch.cat([head(x) for head in self.heads], dim=-1)             # (B, T, n_heads * d_model)
+        return self.w_o(x)                                                  # (B, T, d_model)
 
 
 class TransformerBlock(nn.Module):
-    """Attention mixes the tokens, then an MLP works on each alone; both *add* to x. (B, T, d_model) -> same shape.
-
-    The MLP is two linear maps with SiLU(x) = x * sigmoid(x) between them. LayerNorm takes each token alone: subtract
-    the mean of its features, divide by their standard deviation, then scale and shift by learned numbers. It stands
-    before attention and before the MLP (pre-norm), so x itself is only ever added to (the residual connection), and the
-    gradient has a direct way back through the sums.
-    """
+    """Attention mixes the tokens, then an MLP transforms each one; both are pre-norm residual branches."""
 
     def __init__(self, d_model, d_key, n_heads, mlp_factor=4):
         super().__init__()
@@ -107,14 +80,14 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d_model, mlp_factor * d_model), nn.SiLU(),
                                  nn.Linear(mlp_factor * d_model, d_model))
 
-    def forward(self, x):
-        x = x + self.attn(self.ln1(x))                                   # (B, T, d_model)
-        x = x + self.mlp(self.ln2(x))                                    # (B, T, d_model)
-        return x
+    def forward(self, x):                                                   # (B, T, d_model)
+        x = x + self.attn(self.ln1(x))
+        x = x + self.mlp(self.ln2(x))
+        return x                                                            # (B, T, d_model)
 
 
 class TransformerClassifier(nn.Module):
-    """Token numbers (B, T) -> logits (B, n_classes). There is no positional encoding: the order is invisible."""
+    """Tokens (B, T) -> logits (B, n_classes). Without positional embeddings the order of the tokens is invisible."""
 
     def __init__(self, n_embeds, n_classes, d_model=256, d_key=64, n_heads=4, mlp_factor=4, n_layers=2):
         super().__init__()
@@ -124,309 +97,346 @@ class TransformerClassifier(nn.Module):
         self.final_layer_norm = nn.LayerNorm(d_model)
         self.classifier = nn.Sequential(nn.Linear(d_model, d_model), nn.SiLU(), nn.Linear(d_model, n_classes))
 
-    def forward(self, tokens):
-        x = self.token_embedding(tokens)                                 # (B, T, d_model)
-        x = self.transformer_model(x)                                    # (B, T, d_model)
-        x = self.final_layer_norm(x).mean(dim=1)                         # (B, d_model)
-        return self.classifier(x)                                        # (B, n_classes)
+    def forward(self, tokens):                                              # (B, T)
+        x = self.token_embedding(tokens)                                    # (B, T, d_model)
+        x = self.transformer_model(x)                                       # (B, T, d_model)
+        x = self.final_layer_norm(x).mean(dim=1)                            # (B, d_model)
+        return self.classifier(x)                                           # (B, n_classes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data, and an accuracy without a test set
+# Data and accuracy
 
 
-def make_strings(n_samples, seq_len):
-    """Random bit strings (B, T) and their parities (B,), both integers; B = n_samples, T = seq_len."""
-    strings = torch.randint(2, (n_samples, seq_len))                     # (B, T)
-    return strings, strings.sum(dim=1) % 2                               # (B, T), (B,)
-
-
-def one_string_per_count(seq_len):
-    """Strings with 0, 1, ..., seq_len ones (T+1, T), their parities (T+1,), and their shares of all 2^T strings (T+1,).
-
-    Of the 2^T strings, binomial(T, c) have c ones, and the model cannot tell these apart.
-    """
-    counts = torch.arange(seq_len + 1)                                   # (T+1,)
-    strings = (torch.arange(seq_len) < counts.unsqueeze(1)).long()       # (T+1, T)
-    shares = torch.tensor([math.comb(seq_len, c) / 2 ** seq_len for c in range(seq_len + 1)])    # (T+1,)
-    return strings, counts % 2, shares
+def one_string_per_count(seq_len, device="cpu"):
+    """Strings with 0 ... T ones (T+1, T), their parities (T+1,), and the fraction of all strings each stands for."""
+    counts = torch.arange(seq_len + 1, device=device)                       # (T+1,)
+    strings = (torch.arange(seq_len, device=device) < counts.unsqueeze(1)).long()           # (T+1, T)
+    fractions = [math.comb(seq_len, c) / 2 ** seq_len for c in range(seq_len + 1)]
+    return strings, counts % 2, torch.tensor(fractions, device=device)
 
 
 @torch.no_grad()
+def logit_difference(model, seq_len):
+    """f(c) = logit(odd) - logit(even) for strings with c = 0 ... T ones, (T+1,)."""
+    strings, _, _ = one_string_per_count(seq_len, next(model.parameters()).device)
+    return model(strings).diff(dim=1).squeeze(1).cpu()
+
+
 def exact_accuracy(model, seq_len):
-    """The share of all 2^seq_len strings that `model` gets right, and whether it does so with c ones (T+1,)."""
-    strings, parities, shares = (t.to(next(model.parameters()).device) for t in one_string_per_count(seq_len))
-    correct = model(strings).argmax(dim=1) == parities                   # (T+1,)
-    return shares[correct].sum().item(), correct
+    """The accuracy on all 2^seq_len strings, and whether the model is right for strings with c ones, (T+1,)."""
+    _, parities, fractions = one_string_per_count(seq_len)
+    correct = (logit_difference(model, seq_len) > 0) == parities            # (T+1,)
+    return fractions[correct].sum().item(), correct
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training
+# How small can it get?
 #
-# Why does it so often fail, and what helps? Parity has a plateau: no polynomial of the number of ones, of any degree
-# below T, is correlated with it at all, so until the model zigzags its gradients are tiny.
-#  - All 800 strings in every step: what little gradient there is would drown in the noise of small batches.
-#  - Adam divides each gradient by a running mean of its size, which by default (beta2 = 0.999) looks back 1,000 steps.
-#    When the way out opens, the gradients grow many times over within a few steps, are still divided by the tiny ones
-#    of the plateau, and throw the model past the exit. With beta2 = 0.9 it looks back 10.
-#  - Clipping the gradient bounds the worst of these leaps, and the learning rate rises first (to leave the plateau) and
-#    falls to zero (to settle: a zigzag through 11 points is steep).
+# Width 1 cannot work: LayerNorm over a single feature returns its bias for any input, so all strings get equal logits.
+# The smallest model with a block then has width 2 and everything else 1: 58 parameters.
+#
+# Without a block, mean pooling over LayerNormed embeddings is linear in the count c, and the classifier on top is a
+# network with one hidden layer and one input: f(c) = k + sum over j of a_j SiLU(w_j c + b_j), with d_model terms. How
+# often can it change sign? A ReLU adds one kink; SiLU(u) = u / (1 + e^-u) dips below zero before it rises: it can do
+# more. Multiply f by all (1 + e^-u_j): what results is a sum of exponentials with polynomial coefficients, one for each
+# subset of the terms, of degree 1 but for one of degree 0. Such a sum has fewer real zeros than coefficients, here at
+# most 2 (2^n - 1) = 2^(n+1) - 2 for n terms: 2, 6, 14, 30. So 20 parameters (width 2) cannot get all strings right
+# for T = 10. Whether they can pass 0.95 is open: that takes 6 sign changes, which the bound allows, but the search
+# finds 5. Nor does the bound exclude 10 sign changes with 32 parameters (width 3), where it finds 6.
+WIDTHS = [1, 2, 3, 4, 5, 8]  # without a block
+WITH_BLOCKS = {  # d_model, d_key, n_heads, mlp_factor, n_layers: number of seeds
+    (1, 1, 1, 1, 1): 4,
+    (2, 1, 1, 1, 1): 256,
+    (3, 1, 1, 1, 1): 64,
+    (8, 4, 1, 1, 1): 16,
+    (8, 8, 2, 4, 2): 4,
+}
 
 
-def train(model, strings, parities, args):
-    """Train on strings (B, T) until the loss stays low or the steps are done; return a list of (step, loss, accuracy).
+def search(width, seq_len, n_starts=2000, rounds=16, steps=400):
+    """Search for the f(c) with the most strings right; returns it as a TransformerClassifier without blocks.
 
-    The accuracy is that over all 2^T strings, computed every ten steps and at the end. Of args it takes seq_len, lr,
-    steps, batch_size, weight_decay and device.
+    Gradient descent from a random start mostly ends in a poor local minimum. So train many starts side by side, keep
+    the best tenth, replace the rest by perturbed copies of these, and repeat. At the end, also increase the smallest
+    margin.
     """
-    batch_size = min(args.batch_size, len(strings))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.9), weight_decay=args.weight_decay,
-                                  fused=True)
+    _, parities, fractions = one_string_per_count(seq_len)
+    signs = 2 * parities - 1                                                # (T+1,), f should be > 0 for odd counts
+    s = torch.linspace(-1, 1, seq_len + 1)                                  # (T+1,), the counts, scaled to [-1, 1]
+    w = 20 * torch.randn(n_starts, width)
+    b = w * (2 * torch.rand_like(w) - 1)                                    # every SiLU bends somewhere in [-1, 1]
+    a = torch.randn_like(w)
+    k = torch.zeros(n_starts, 1)
+    polish = False
+    for i in range(rounds):
+        polish = polish or i == rounds - 1
+        if i > 0:
+            survivors = fitness.argsort(descending=True)[:n_starts // 10].repeat(10)
+            noise = 0.03 if polish else 0.3
+            w, b, a, k = (p.detach()[survivors] * (1 + noise * torch.randn_like(p)) for p in (w, b, a, k))
+        optimizer = torch.optim.Adam([p.requires_grad_() for p in (w, b, a, k)], betas=(0.9, 0.9))
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps, cycle_momentum=False)
+        for _ in range(steps):
+            units = F.silu(w.unsqueeze(1) * s.unsqueeze(1) + b.unsqueeze(1))                # (n_starts, T+1, width)
+            margins = signs * ((units * a.unsqueeze(1)).sum(dim=-1) + k)    # (n_starts, T+1), > 0 is right
+            margins = margins / margins.abs().amax(dim=1, keepdim=True)     # only signs matter, so fix the scale
+            losses = (fractions * F.softplus(-8 * margins)).sum(dim=1)      # (n_starts,)
+            if polish:
+                losses = losses - margins.masked_fill(margins <= 0, 1.0).amin(dim=1)
+            optimizer.zero_grad()
+            losses.sum().backward()
+            optimizer.step()
+            scheduler.step()
+        accuracy = (fractions * (margins > 0.001)).sum(dim=1)               # (n_starts,), logits that are clearly apart
+        fitness = accuracy - 1e-4 * losses                                  # the loss decides between equal accuracies
+        if polish and accuracy.max() > 0.9999:
+            break
+        polish = accuracy.max() > 0.9999
+    w, b, a, k = (p.detach()[fitness.argmax()].double() for p in (w, b, a, k))
+
+    # Write f into the real model. Embeddings that are opposite after LayerNorm, -u for 0 and u for 1, have mean s u.
+    model = TransformerClassifier(2, 2, width, 1, 1, 1, 0).double()
+    first, _, last = model.classifier
+    with torch.no_grad():
+        u = torch.linspace(-1, 1, width)
+        model.token_embedding.weight.copy_(torch.stack([-u, u]))
+        u = model.final_layer_norm(model.token_embedding.weight[1])         # (width,)
+        first.weight.copy_(torch.outer(w, u) / (u @ u))                     # times s u: w s
+        first.bias.copy_(b)
+        last.weight.copy_(torch.stack([-a / 2, a / 2]))                     # logit(odd) - logit(even) = f
+        last.bias.copy_(torch.cat([-k / 2, k / 2]))
+    return model.float()
+
+
+def train_many(sizes, n_seeds, seq_len, device="cpu", steps=2000, lr=0.01):
+    """Train S = n_seeds models of these sizes side by side; returns the one with the most strings right.
+
+    This asks what can be learned, not what generalizes: it trains on all 2^T strings, one for each count, weighted.
+    """
+    strings, parities, fractions = one_string_per_count(seq_len, device)
+    models = []
+    for seed in range(n_seeds):
+        torch.manual_seed(seed)
+        models.append(TransformerClassifier(2, 2, *sizes).to(device))
+        for p in models[-1].classifier[0].parameters():
+            p.data *= 10  # one more 1 in the string moves the mean by about 1 / T only, so let the classifier be steep
+    weights, _ = torch.func.stack_module_state(models)                      # each (S, ...)
+    forward = torch.func.vmap(lambda one: torch.func.functional_call(models[0], one, (strings,)))
+    optimizer = torch.optim.Adam(weights.values(), betas=(0.9, 0.95))       # elementwise: no model disturbs another
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=False)
+    best = torch.zeros(n_seeds, device=device)                              # (S,)
+    best_weights = {name: value.detach().clone() for name, value in weights.items()}
+    for _ in range(steps):
+        margins = forward(weights).diff(dim=-1).squeeze(-1) * (2 * parities - 1)            # (S, T+1), > 0 is right
+        with torch.no_grad():  # the smallest models do not stay where they work, so keep the best step of each
+            # Logits that are equal but for rounding are right by chance: count only those that are clearly apart.
+            accuracy = (fractions * (margins > 0.001)).sum(dim=1)           # (S,)
+            better = accuracy > best
+            best[better] = accuracy[better]
+            for name, value in weights.items():
+                best_weights[name][better] = value[better]
+        optimizer.zero_grad()
+        (fractions * F.softplus(-margins)).sum().backward()                 # cross-entropy with two classes
+        gradients = [value.grad for value in weights.values()]              # each (S, ...)
+        norms = sum(g.flatten(1).square().sum(dim=1) for g in gradients).sqrt()             # (S,)
+        for g in gradients:                                                 # clip the gradient of each model to norm 1
+            g /= norms.clamp_min(1.0).view(-1, *[1] * (g.ndim - 1))
+        optimizer.step()
+        scheduler.step()
+    models[0].load_state_dict({name: value[best.argmax()] for name, value in best_weights.items()})
+    return models[0].cpu()
+
+
+def check_on_all_strings(model, seq_len):
+    """Accuracy on all 2^seq_len real strings in float64, and the smallest difference between the two logits."""
+    strings = torch.cartesian_prod(*[torch.arange(2)] * seq_len).view(-1, seq_len)          # (2^T, T)
+    with torch.no_grad():
+        logits = copy.deepcopy(model).double()(strings)                     # (2^T, 2)
+    correct = logits.argmax(dim=1) == strings.sum(dim=1) % 2                # (2^T,)
+    return correct.double().mean().item(), logits.diff(dim=1).abs().min().item()
+
+
+def sweep(args):
+    """Find the best model of each size and save the smallest that work; returns their numbers of parameters."""
+    print("d_model d_key n_heads mlp_factor n_layers | params accuracy sign_changes logits_apart")
+    results = []
+    for sizes in [(width, 1, 1, 1, 0) for width in WIDTHS] + list(WITH_BLOCKS):
+        if sizes in WITH_BLOCKS:
+            model = train_many(sizes, WITH_BLOCKS[sizes], args.seq_len, args.device)
+        else:
+            model = search(sizes[0], args.seq_len)
+        params = sum(p.numel() for p in model.parameters())
+        accuracy, apart = check_on_all_strings(model, args.seq_len)
+        sign_changes = (logit_difference(model, args.seq_len) > 0).int().diff().abs().sum().item()
+        print("{:7} {:5} {:7} {:10} {:8} |".format(*sizes),
+              f"{params:6} {accuracy:8.4f} {sign_changes:12} {apart:12.2g}", flush=True)
+        results.append((params, accuracy, sizes, model))
+    plot_sweep(results, os.path.join(args.out_dir, "parity_sweep.png"))
+
+    smallest = []
+    for threshold in (0.95, 1.0):
+        working = [result for result in results if result[1] >= threshold and result[2] not in WITH_BLOCKS]
+        params, _, sizes, model = min(working, key=lambda result: result[0])
+        path = os.path.join(args.out_dir, f"parity_{params}.pt")
+        torch.save({"sizes": sizes, "weights": model.state_dict()}, path)
+        print(f"saved {path}")
+        smallest.append(params)
+    plot_units(model, args.seq_len, os.path.join(args.out_dir, f"parity_{params}.png"))
+    return smallest
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def plot_sweep(results, path):
+    """Accuracy against parameters, with and without blocks."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for label, style, chosen in (("no block", "s--", results[:len(WIDTHS)]), ("blocks", "o-", results[len(WIDTHS):])):
+        params, accuracies, _, _ = zip(*chosen)
+        axis.semilogx(params, accuracies, style, label=label)
+    axis.axhline(0.95, color="grey", linestyle=":", label="accuracy 0.95")
+    axis.set_xticks([r[0] for r in results], [r[0] for r in results], rotation=90, fontsize=8)
+    axis.minorticks_off()
+    axis.set(xlabel="parameters", ylabel="accuracy on all strings, best model")
+    axis.legend()
+    figure.savefig(path, dpi=100)
+    print(f"saved {path}")
+
+
+def plot_sawtooth(axis, model, seq_len):
+    """f(c) against the number of ones."""
+    f = logit_difference(model, seq_len).tolist()                           # (T+1,)
+    axis.axhline(0, color="grey", linewidth=0.8)
+    axis.plot(range(0, seq_len + 1, 2), f[::2], "o", label="even: should be below 0")
+    axis.plot(range(1, seq_len + 1, 2), f[1::2], "^", label="odd: should be above 0")
+    axis.set(xlabel="number of ones c", ylabel="f(c) = logit(odd) - logit(even)")
+    axis.legend()
+
+
+@torch.no_grad()
+def plot_units(model, seq_len, path):
+    """Left: the terms of f(c) of a model without blocks. Right: their sum."""
+    first, silu, last = model.classifier
+    zero, one = model.final_layer_norm(model.token_embedding.weight)        # (d_model,) each
+    c = torch.linspace(0, seq_len, 401)                                     # also between the integers
+    pooled = zero + (c / seq_len).unsqueeze(1) * (one - zero)               # (401, d_model)
+    units = silu(first(pooled)) * last.weight.diff(dim=0)                   # (401, d_model)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.plot(c, units, label=[f"$a_{j} SiLU(w_{j} c + b_{j})$" for j in range(1, units.size(1) + 1)])
+    left.set(title="each hidden unit", xlabel="number of ones c")
+    left.legend()
+    right.plot(c, units.sum(dim=1) + last.bias.diff(), color="lightgrey")
+    plot_sawtooth(right, model, seq_len)
+    right.set(title="their sum and a constant")
+    figure.savefig(path, dpi=100)
+    print(f"saved {path}")
+
+
+def plot_training(model, history, seq_len, path):
+    """Left: loss and accuracy during training. Right: the sawtooth that the model has learned."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    steps, losses, accuracies = zip(*history)
+    left.plot(steps, losses, label="training loss")
+    left.axhline(math.log(2), color="grey", linestyle=":", label="ln 2, uniform prediction")
+    left.plot(steps, accuracies, "--", label="accuracy on all strings")
+    left.set(title="training", xlabel="step", ylim=(-0.03, 1.08))
+    left.legend()
+    plot_sawtooth(right, model, seq_len)
+    right.set(title="the learned sawtooth")
+    figure.savefig(path, dpi=100)
+    print(f"saved {path}")
+
+
+@torch.no_grad()
+def plot_heads(model, seq_len, path):
+    """What two heads of the first two blocks attend to, in a string with a one in every third place."""
+    string = (torch.arange(seq_len) % 3 == 1).long()                        # (T,)
+    x, panels, titles = model.token_embedding(string.to(next(model.parameters()).device)), [], []     # (T, d_model)
+    for i, block in enumerate(model.transformer_model[:2]):
+        for j, head in enumerate(block.attn.heads[:2]):
+            h = block.ln1(x)
+            panels.append(attention(head.w_q(h), head.w_k(h), head.w_v(h))[1])              # (T, T)
+            titles.append(f"block {i + 1}, head {j + 1}")
+        x = block(x)
+    plot_attention(torch.stack(panels), string.tolist(), string.tolist(), path, titles, columns=4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    start = time.perf_counter()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seq_len", type=positive(int), default=10, help="bits in each string")
+    parser.add_argument("--n_samples", type=positive(int), default=1000, help="random strings, 4/5 of them to train on")
+    parser.add_argument("--d_model", type=positive(int), default=8, help="width of the model")
+    parser.add_argument("--d_key", type=positive(int), default=8, help="width of queries and keys")
+    parser.add_argument("--n_heads", type=positive(int), default=2, help="heads in each block")
+    parser.add_argument("--mlp_factor", type=positive(int), default=4, help="hidden width of the MLP / d_model")
+    parser.add_argument("--n_layers", type=int, default=2, help="blocks, may be 0")
+    parser.add_argument("--lr", type=positive(float), default=0.006, help="maximum learning rate")
+    parser.add_argument("--steps", type=positive(int), default=650, help="maximum number of training steps")
+    parser.add_argument("--batch_size", type=positive(int), default=800, help="strings in each step")
+    parser.add_argument("--weight_decay", type=float, default=0.0, help="weight decay of AdamW")
+    parser.add_argument("--sweep", action="store_true", help="find the smallest model instead (of the options above "
+                        "only --seq_len matters)")
+    args = parse_args(parser)
+    torch.set_num_threads(1)  # threading overhead dominates at this size
+    if args.sweep:
+        smallest_95, smallest_all = sweep(args)
+        print(f"result: {smallest_95=} {smallest_all=} seconds={time.perf_counter() - start:.1f}")
+        sys.exit()
+
+    x = torch.randint(2, (args.n_samples, args.seq_len))                    # (N, T)
+    y = (x.sum(dim=1) % 2).to(args.device)                                  # (N,)
+    counts = x.sum(dim=1).to(args.device)                                   # (N,)
+    n_train = args.n_samples * 4 // 5
+    sizes = args.d_model, args.d_key, args.n_heads, args.mlp_factor, args.n_layers
+    model = TransformerClassifier(2, 2, *sizes).to(args.device)
+    n_params = sum(p.numel() for p in model.parameters())
+    print(f"{n_params:,} parameters, {n_train:,} strings to train on, {args.n_samples - n_train:,} to validate")
+
+    # Parity has a plateau: it is uncorrelated with every polynomial of the count of degree below T, so until the model
+    # zigzags, gradients are tiny. Small batches would drown them in noise, so every step takes all training strings.
+    # Adam's default beta2 = 0.999 averages squared gradients over about 1,000 steps. When the plateau ends, gradients
+    # grow tenfold within a few steps, that average lags behind, and the update overshoots. 0.9 adapts in ten steps.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.9), weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, cycle_momentum=False)
-    history, n_low, report = [], 0, progress(args.steps)
+    strings, _, _ = one_string_per_count(args.seq_len, args.device)         # (T+1, T)
+    history, n_low = [], 0
     for step in range(args.steps):
-        rows = slice(None)
-        if batch_size < len(strings):
-            rows = torch.randint(len(strings), (batch_size,), device=args.device)         # (B,)
-        loss = F.cross_entropy(model(strings[rows]), parities[rows])     # (B, 2), (B,) -> ()
-        if step == 0:
-            print_first_loss(loss.item(), 2)
+        rows = torch.arange(n_train, device=args.device)
+        if args.batch_size < n_train:
+            rows = torch.randint(n_train, (args.batch_size,), device=args.device)           # (B,)
+        # model(x[rows]) up to rounding, but ten times faster: the model cannot see order, so compute the logits once
+        # for each count and look them up. (If you add positional embeddings, use model(x[rows]).)
+        logits = model(strings)[counts[rows]]                               # (B, 2)
+        loss = F.cross_entropy(logits, y[rows])
         if step % 10 == 0:
             history.append((step, loss.item(), exact_accuracy(model, args.seq_len)[0]))
+        if step == 0:
+            print(f"step 0: loss {loss:.4f}, uniform prediction ln 2 = {math.log(2):.4f}")
+        elif step % 50 == 0:
+            print(f"step {step}: loss {loss:.4f}, accuracy on all strings {history[-1][2]:.4f}")
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        check_finite([loss], step + 1)
-        report(step + 1, loss=loss.item(), accuracy=history[-1][2])
         n_low = n_low + 1 if loss < 0.002 else 0
         if n_low == 5:
             break
-    check_finite(model.parameters(), step + 1)
-    history.append((step + 1, loss.item(), exact_accuracy(model, args.seq_len)[0]))
-    print(f"ended after {step + 1} steps: loss {loss.item():.4f}")
-    return history
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The smallest configuration: many seeds of one configuration at once, down a ladder of sizes
-#
-# The sweep asks what can be *learned*, not whether it generalises: it trains on the whole distribution of inputs, all
-# 2^T strings, which is to say on T + 1 of them weighted by their shares. Models this small leave a computer idle, so
-# up to 256 of them are trained side by side.
-
-SWEEP_STEPS = 2000
-LADDER = [  # d_model, d_key, n_heads, mlp_factor, n_layers; how many seeds
-    ((8, 8, 2, 4, 2), 8),
-    ((8, 4, 1, 1, 1), 32),
-    ((3, 1, 1, 1, 1), 64),
-    ((2, 1, 1, 1, 1), 256),
-    ((1, 1, 1, 1, 1), 4),
-    ((8, 1, 1, 1, 0), 64),  # no block at all: d_key, n_heads and mlp_factor mean nothing here
-    ((5, 1, 1, 1, 0), 64),
-    ((2, 1, 1, 1, 0), 64),
-]
-
-
-Rung = collections.namedtuple("Rung", "sizes params best weights")      # best: the accuracy of each seed
-
-
-def train_many(sizes, seeds, seq_len, steps, device, lr=0.01):
-    """Train one model for each seed, all at once; returns each one's best accuracy (S,) and its weights at that moment.
-
-    A string counts as right only if its logits are at least 0.001 apart. Without that, chance wins: where all logits
-    are equal but for rounding, each step draws 11 random answers, and one such draw in 2^11 = 2,048 is all right.
-    """
-    strings, parities, shares = (t.to(device) for t in one_string_per_count(seq_len))
-    models = []
-    for seed in seeds:
-        torch.manual_seed(seed)
-        models.append(TransformerClassifier(2, 2, *sizes).to(device))
-        for p in models[-1].classifier[0].parameters():
-            p.data *= 10    # another 1 in the string moves the mean by about 1 / T only, so the classifier starts steep
-    weights, _ = torch.func.stack_module_state(models)                   # each (S, ...): a slice for each of S seeds
-    # vmap runs for all slices at once what is written for one: the logits are (S, T+1, 2)
-    forward = torch.func.vmap(lambda one: torch.func.functional_call(models[0], one, (strings,)))
-    # Adam works number by number, so no model disturbs another; and its beta2 is small again.
-    optimizer = torch.optim.Adam(weights.values(), lr=lr, betas=(0.9, 0.95))
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=False)
-    best = torch.zeros(len(models), device=device)                       # (S,)
-    kept = {name: value.detach().clone() for name, value in weights.items()}
-    for _ in range(steps):
-        margins = forward(weights).diff(dim=-1).squeeze(-1) * (2 * parities - 1)         # (S, T+1) above 0 is right
-        with torch.no_grad():  # the smallest models do not stay where they work, so keep the best moment of each
-            accuracy = ((margins > 0.001) * shares).sum(dim=1)           # (S,)
-            better = accuracy > best
-            best[better] = accuracy[better]
-            for name, value in weights.items():
-                kept[name][better] = value[better]
-        optimizer.zero_grad()
-        (F.softplus(-margins) * shares).sum().backward()                 # with two classes -ln p(right), cross-entropy
-        gradients = [value.grad for value in weights.values()]           # each (S, ...)
-        norms = sum(g.flatten(1).square().sum(dim=1) for g in gradients).sqrt()          # (S,)
-        for g in gradients:                                              # clip each model's gradient to norm 1
-            g /= norms.clamp_min(1.0).view(-1, *[1] * (g.ndim - 1))
-        optimizer.step()
-        scheduler.step()
-    return best, kept
-
-
-def check_on_all_strings(sizes, weights, seq_len):
-    """Accuracy over all 2^seq_len real strings in float64, and the smallest distance between the two logits."""
-    model = TransformerClassifier(2, 2, *sizes)
-    model.load_state_dict(weights)
-    strings = torch.cartesian_prod(*[torch.arange(2)] * seq_len).view(-1, seq_len)       # (2^T, T)
-    with torch.no_grad():
-        logits = model.double()(strings)                                 # (2^T, 2)
-    correct = logits.argmax(dim=1) == strings.sum(dim=1) % 2             # (2^T,)
-    return correct.double().mean().item(), logits.diff(dim=1).abs().min().item()
-
-
-def sweep(args):
-    """Train every rung of the ladder, print the table, draw it; check and save the smallest models that work."""
-    print("d_model  d_key  n_heads  mlp_factor  n_layers | params  seeds    best  median  > 0.95  all right")
-    rungs = []
-    for sizes, n_seeds in LADDER:
-        best, weights = train_many(sizes, range(args.seed, args.seed + n_seeds), args.seq_len, SWEEP_STEPS, args.device)
-        weights = {name: value[best.argmax()].cpu().clone() for name, value in weights.items()}
-        params = sum(value.numel() for value in weights.values())
-        print("{:7} {:6} {:8} {:11} {:9} |".format(*sizes), f"{params:6} {n_seeds:6} {best.max():7.4f}",
-              f"{best.median():7.4f} {(best > 0.95).float().mean():7.3f} {(best == 1).float().mean():10.3f}",
-              flush=True)
-        rungs.append(Rung(sizes, params, best.cpu(), weights))
-    plot_sweep(rungs, os.path.join(args.out_dir, "parity_sweep.png"), args.show)
-    accuracy, params = math.nan, 0
-    for threshold in (1.0, 0.95):
-        working = [rung for rung in rungs if rung.sizes[-1] > 0 and rung.best.max() >= threshold]
-        if not working:
-            print(f"no model with a block reached {threshold}: try another --seed")
-            continue
-        sizes, params, _, weights = min(working, key=lambda rung: rung.params)
-        accuracy, margin = check_on_all_strings(sizes, weights, args.seq_len)
-        path = os.path.join(args.out_dir, f"parity_{params}.pt")
-        save_weights(path, sizes=sizes, weights=weights)
-        print(f"smallest with a block and accuracy >= {threshold}: {params} parameters, saved: {path}\n    in float64 "
-              f"on all {2 ** args.seq_len:,} strings: accuracy {accuracy:.6f}, logits at least {margin:.2g} apart")
-    return accuracy, params
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def plot_sweep(rungs, path, show):
-    """Accuracy against parameters, one dot for each seed, models with a block beside models without."""
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for with_block, label, style, color in ((True, "best, at least one block", "o-", "tab:blue"),
-                                            (False, "best, no block: mean pooling alone", "s--", "tab:orange")):
-        chosen = sorted((rung for rung in rungs if (rung.sizes[-1] > 0) == with_block), key=lambda rung: rung.params)
-        for rung in chosen:
-            axis.plot([rung.params] * len(rung.best), rung.best.tolist(), style[0], color=color, alpha=0.3,
-                      markersize=4, markeredgewidth=0)
-        axis.plot([rung.params for rung in chosen], [rung.best.max().item() for rung in chosen], style, color=color,
-                  label=label)
-    axis.axhline(0.95, color="grey", linestyle=":", label="accuracy 0.95")
-    axis.set(xscale="log", title="pale: every seed; lines: the best of them", xlabel="parameters",
-             ylabel="accuracy over all strings")
-    axis.set_xticks([rung.params for rung in rungs], [rung.params for rung in rungs], rotation=90, fontsize=7)
-    axis.minorticks_off()
-    axis.legend(loc="lower right")
-    save_figure(figure, path, show)
-
-
-def plot_training(model, history, seq_len, path, show):
-    """Left: loss and accuracy over training. Right: the sawtooth, logit difference against the number of ones."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    steps, losses, accuracies = zip(*history)
-    left.plot(steps, losses, color="tab:blue", label="training loss")
-    left.axhline(math.log(2), color="grey", linestyle=":", label="ln 2: the loss of knowing nothing")
-    left.plot(steps, accuracies, "--", color="tab:orange", label=f"accuracy over all 2^{seq_len} strings")
-    left.set(title="training", xlabel="step", ylabel="loss, accuracy", ylim=(-0.03, 1.08))
-    left.legend()
-    strings, parities, _ = (t.to(next(model.parameters()).device) for t in one_string_per_count(seq_len))
-    with torch.no_grad():
-        difference = model(strings).diff(dim=1).squeeze(1).tolist()      # (T+1,) logit of odd - logit of even
-    right.axhline(0, color="grey", linewidth=0.8)
-    right.plot(range(seq_len + 1), difference, color="lightgrey", zorder=0)
-    for parity, name, marker in ((0, "even", "o"), (1, "odd", "^")):
-        right.scatter(range(parity, seq_len + 1, 2), difference[parity::2], marker=marker, label=f"{name}: should be "
-                      + ("above 0" if parity else "below 0"))
-    right.set(xlabel="number of ones in the string", ylabel="logit(odd) - logit(even)", title="the learned sawtooth")
-    right.legend()
-    save_figure(figure, path, show)
-
-
-@torch.no_grad()
-def plot_heads(model, seq_len, path, show):
-    """Draw what the heads of the first two blocks attend to, in two strings that differ in one bit."""
-    device = next(model.parameters()).device
-    strings = (torch.arange(seq_len) % 3 == 1).long().repeat(2, 1).to(device)              # (2, T)
-    strings[1, -1] = 1 - strings[1, -1]
-    x = model.token_embedding(strings)                                   # (2, T, d_model)
-    panels, titles = [], []
-    for n, block in enumerate(model.transformer_model[:2]):
-        h = block.ln1(x)                                                 # (2, T, d_model)
-        for i, head in enumerate(block.attn.heads[:4]):
-            panels.append(attention(head.w_q(h), head.w_k(h), head.w_v(h))[1])             # (2, T, T)
-            titles += [f"block {n + 1}, head {i + 1}, string {k}" for k in (1, 2)]
-        x = block(x)                                                     # (2, T, d_model)
-    labels = strings.tolist() * len(panels)
-    plot_attention(torch.cat(panels), labels, labels, path, titles, show=show)             # (2 * panels, T, T)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def main(argv=None):
-    """Train one classifier and draw what it learned, or sweep for the smallest one."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--seq_len", type=number(int, 1, 500), default=10, help="bits in each string")
-    parser.add_argument("--n_samples", type=number(int, 5, 10 ** 6), default=1000, help="random strings, 4/5 to train")
-    parser.add_argument("--d_model", type=number(int, 1, 4096), default=8, help="width of the model")
-    parser.add_argument("--d_key", type=number(int, 1, 4096), default=8, help="width of queries and keys")
-    parser.add_argument("--n_heads", type=number(int, 1, 64), default=2, help="heads in each block")
-    parser.add_argument("--mlp_factor", type=number(int, 1, 64), default=4, help="hidden width of the MLP / d_model")
-    parser.add_argument("--n_layers", type=number(int, 0, 64), default=2, help="blocks")
-    parser.add_argument("--lr", type=number(float, 0, 1e30), default=0.006, help="highest learning rate")
-    parser.add_argument("--steps", type=number(int, 1, 10 ** 7), default=650, help="training steps at most")
-    parser.add_argument("--batch_size", type=number(int, 1, 10 ** 9), default=800, help="strings in each step")
-    parser.add_argument("--weight_decay", type=number(float, 0, 1e3), default=0.0, help="weight decay of AdamW")
-    parser.add_argument("--sweep", action="store_true", help="find the smallest configuration (of the options above "
-                        "only --seq_len matters)")
-    args = start(parser, argv)
-    if args.sweep:
-        if args.seq_len > 16:
-            fail("argument --seq_len: the sweep tries all 2^seq_len strings, so it takes at most 16")
-        accuracy, params = sweep(args)
-        print_result(args, accuracy_all=accuracy, params=params)
-        return
-    strings, parities = (t.to(args.device) for t in make_strings(args.n_samples, args.seq_len))  # (B, T), (B,)
-    n_train = args.n_samples * 4 // 5
-    train_x, train_y, val_x = strings[:n_train], parities[:n_train], strings[n_train:]
-    sizes = args.d_model, args.d_key, args.n_heads, args.mlp_factor, args.n_layers
-    model = TransformerClassifier(2, 2, *sizes).to(args.device)
-    params = sum(p.numel() for p in model.parameters())
-    print(f"{params:,} parameters, {n_train:,} strings to train on, {len(val_x):,} to validate")
-    history = train(model, train_x, train_y, args)
 
     accuracy_all, correct = exact_accuracy(model, args.seq_len)
-    accuracy_val = correct[val_x.sum(dim=1)].float().mean().item()       # the number of ones decides
-    seen = set(map(tuple, train_x.tolist()))
-    repeats = sum(tuple(string) in seen for string in val_x.tolist()) / len(val_x)
-    print(f"validation: accuracy {accuracy_val:.4f} on {len(val_x)} strings, {repeats:.0%} of them seen in training")
-    wrong = [count for count, right in enumerate(correct.tolist()) if not right]
-    print(f"all 2^{args.seq_len} strings, computed: accuracy {accuracy_all:.4f}, wrong for",
-          f"those with {', '.join(map(str, wrong))} ones" if wrong else "none")
+    accuracy_val = correct[counts[n_train:].cpu()].float().mean().item()          # the count decides
+    history.append((step + 1, loss.item(), accuracy_all))
+    print(f"step {step + 1}: loss {loss:.4f}, wrong counts of ones: {(~correct).nonzero().flatten().tolist()}")
     path = os.path.join(args.out_dir, "parity.pt")
-    save_weights(path, sizes=sizes, weights=model.state_dict())
-    print("saved:", path)
-    plot_training(model, history, args.seq_len, os.path.join(args.out_dir, "parity_training.png"), args.show)
+    torch.save({"sizes": sizes, "weights": model.state_dict()}, path)
+    print(f"saved {path}")
+    plot_training(model, history, args.seq_len, os.path.join(args.out_dir, "parity_training.png"))
     if args.n_layers > 0:
-        plot_heads(model, args.seq_len, os.path.join(args.out_dir, "parity_heads.png"), args.show)
-    print_result(args, accuracy_val=accuracy_val, accuracy_all=accuracy_all, params=params)
-
-
-if __name__ == "__main__":
-    run(main)
+        plot_heads(model, args.seq_len, os.path.join(args.out_dir, "parity_heads.png"))
+    print(f"result: accuracy_val={accuracy_val:.4f} accuracy_all={accuracy_all:.4f} params={n_params} "
+          f"seconds={time.perf_counter() - start:.1f}")

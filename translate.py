@@ -6,7 +6,7 @@ new token attend to the German ones. Everything is here: the model, byte-pair en
 beam search with a cache, BLEU, attention heatmaps. There are two data sets. The toy language is a small German grammar
 in which der/den, not the word order, says who does what to whom. It trains in a minute, and as the right source word of
 every target word is known, we can measure how well each attention head aligns. Multi30k has 29,000 real sentence pairs.
-The weights of both are in assets/, so all but the first two commands need no training; weights in --out_dir come first.
+The weights of both are in assets/, so only the first two commands train. Weights in --out_dir take precedence.
 
 $ python translate.py                                           # train on the toy language
 $ python translate.py --data multi30k                           # train on Multi30k
@@ -57,8 +57,9 @@ from attention import attention, download, parse_args, plot_attention, positive
 #                        |                                            |
 #           src: German, EOS (B, S)                   tgt: BOS, English so far (B, T)
 #
-# "add": the output of a sublayer is added to its input (residual connection). Two differences to the paper: positions
-# are learned instead of sinusoidal, and FeedForward is twice as wide as the model instead of four times.
+# Read it from bottom to top. "add": the output of a sublayer is added to its input (residual connection). There are two
+# differences from the paper: positions are learned instead of sinusoidal, and the FeedForward is twice as wide as the
+# model instead of four times.
 
 PAD, BOS, EOS = 0, 1, 2     # padding, beginning of sentence, end of sentence
 MAX_LEN = 100               # number of positions
@@ -67,9 +68,9 @@ MAX_LEN = 100               # number of positions
 class MultiHeadAttention(nn.Module):
     """Queries from x (B, T, d_model), keys and values from memory (B, S, d_model), which is x in self-attention.
 
-    Returns (B, T, d_model) and the weights (B, H, T, S) or None. `cache` is a dict that keeps keys and values while a
-    sentence is decoded token by token. In self-attention, those of the new tokens are appended. In cross-attention they
-    are computed once, since the source does not change. Section 3.2.2.
+    Returns (B, T, d_model) and the weights (B, H, T, S) or None (section 3.2.2). While a sentence is decoded token by
+    token, `cache` is a dict from every MultiHeadAttention module to its keys and values. Self-attention appends those
+    of the new tokens to it. Cross-attention computes them once, because the source does not change.
     """
 
     def __init__(self, d_model, n_heads):
@@ -189,12 +190,13 @@ class TransformerModel(nn.Module):
         With a cache (at first an empty dict), tgt holds only the tokens since the last call: none is computed twice.
         """
         start = cache[self.decoder[0].self_attention][0].size(2) if cache else 0
-        # The causal mask, 1 = may attend. Row i is the query at position i, and it predicts       1 0 0 0
-        # token i + 1, so it must not see it. That lets all T positions train in parallel.         1 1 0 0
-        # Padding comes after all real tokens, so it is hidden, too. With a cache only the rows    1 1 1 0
-        # of the new tokens are left: the last one, if three of four tokens are in the cache.      1 1 1 1
-        T = start + tgt.size(1)
-        tgt_mask = torch.ones(T, T, dtype=torch.bool, device=tgt.device).tril()[start:]
+        # The causal mask, 1 = may attend. Row i is the query at position i, which predicts token i + 1
+        # and attends to tokens 0 ... i only, so all positions train in parallel. Padding follows the     1 0 0 0
+        # real tokens, so they never attend to it. With a cache we need only the rows of the new          1 1 0 0
+        # tokens: if tokens 0, 1 and 2 are cached, the last row.                                          1 1 1 0
+        #                                                                                                 1 1 1 1
+        end = start + tgt.size(1)
+        tgt_mask = torch.ones(end, end, dtype=torch.bool, device=tgt.device).tril()[start:]        # (T, end)
         x, weights = self.embed(tgt, start), []
         for block in self.decoder:
             x, block_weights = block(x, tgt_mask, memory, src_mask, cache, need_weights)
@@ -215,10 +217,11 @@ class TransformerModel(nn.Module):
 #     Gestern hat die Ärztin einen Vogel gehört.    Yesterday the doctor heard a bird.
 #     Das junge Pferd kann morgen den Esel wecken.  The young horse can wake the donkey tomorrow.
 #
-# Every German sentence has exactly one translation, so translations can be compared word for word. Only a masculine
-# object ("den", not "der") may come first: in "Die Frau sieht das Kind" the article would not tell who sees whom.
+# Every German sentence has exactly one translation, so translations can be compared word for word. An object comes
+# first only if it is masculine ("den", not "der"; in "Die Frau sieht das Kind" the articles do not tell who sees whom)
+# and the subject is definite ("Den Mann sieht ein Hund" sounds odd).
 
-N_TOY_LINES = 209_773  # the size of a popular collection of German-English sentence pairs
+N_TOY_LINES = 209_773  # the lines that --line accepts; the first 100,000 are used for training
 
 NOUNS = {kind: [entry.split() for entry in entries.split(", ")] for kind, entries in {    # German, gender, English
     "person": "König m king, Lehrer m teacher, Mann m man, Bäcker m baker, Ingenieur m engineer, Frau f woman, "
@@ -231,7 +234,7 @@ ADJECTIVES = {kind: [entry.split() for entry in entries.split(", ")] for kind, e
     "person": "jung young, müd tired, klug clever, hungrig hungry, freundlich friendly",
     "animal": "alt old, jung young, klein small, groß big, hungrig hungry",
     "thing": "alt old, neu new, klein small, groß big, rot red, schwer heavy"}.items()}
-ARTICLES = {  # by gender: article and adjective ending of an indefinite and a definite subject, and of such an object
+ARTICLES = {  # by gender and role: article and adjective ending, indefinite and definite
     "m": {"subject": [("ein", "er"), ("der", "e")], "object": [("einen", "en"), ("den", "en")]},
     "f": {"subject": [("eine", "e"), ("die", "e")], "object": [("eine", "e"), ("die", "e")]},
     "n": {"subject": [("ein", "es"), ("das", "e")], "object": [("ein", "es"), ("das", "e")]}}
@@ -323,7 +326,7 @@ MULTI30K_SHA256 = {
 def load_pairs(data, part):
     """(German, English) pairs of the part "train", "val" or "test" of "toy", "multi30k" or a text file.
 
-    A line of a text file, in UTF-8, is English, a tab, German; further columns are ignored. Its part "all" is the file.
+    A line of a text file, in UTF-8, is English, a tab, German; further columns are ignored. "all" returns every line.
     """
     if data == "toy":  # as many lines as each part needs
         n_lines = {"train": 100_000, "val": 10_000, "test": 30_000}[part]
@@ -443,8 +446,8 @@ class Tokenizer:
 def make_batches(examples, batch_tokens, seed):
     """Endless batches: lists of indices of examples (src, tgt), about `batch_tokens` tokens each, padding included.
 
-    Sentences of similar length share a batch, so there is little padding; random noise is added to the lengths before
-    sorting, so every epoch has other batches. The seed determines them, so a resumed training can skip the first ones.
+    Sentences of similar length share a batch, so there is little padding. Noise added to the lengths before sorting
+    makes the batches of every epoch different. They depend only on the seed, so a resumed run can skip the first ones.
     """
     for epoch in itertools.count():
         rng = random.Random(seed + epoch)
@@ -501,18 +504,18 @@ def learning_rate(step, steps, peak):
 # Decoding
 @torch.no_grad()
 def beam_search(model, src, beam, length_penalty=1.0):
-    """The best translation found for each sentence of src (B, S): tokens (B, T) up to EOS, then PAD.
+    """The best translation found for each sentence of src (B, S): tokens (B, T) up to EOS (or max_len), then PAD.
 
-    Every step extends each of the `beam` best partial hypotheses by every token and keeps the `beam` best results. With
-    beam = 2, and log probabilities in brackets:
+    A hypothesis is a partial translation, its score the sum of the log probabilities of its tokens. Every step extends
+    each hypothesis by every token and keeps the `beam` best results. With beam = 2, and scores in brackets:
 
-        step 1    The (-0.4)         A (-1.3)                                   the 2 best first tokens
-        step 2    The man (-0.7)     The king (-1.9)     A man (-1.6)     ...   "The man" and "A man" survive
-        step 3    The man sees (-0.9)     A man sees (-1.7)     ...             and so on until both have ended
+        step 1    I (-0.4)              We (-1.3)                                  the 2 best first tokens
+        step 2    I sleep (-0.9)        I am (-1.5)      We sleep (-1.4)    ...    keep "I sleep" and "We sleep"
+        step 3    I sleep <eos> (-1.0)  We sleep <eos> (-2.1)  We sleep well (-1.8)  ...  keep the first and the third
 
-    A hypothesis that has ended with EOS stays in the list and is compared with the others. The scores are divided by
-    length ** length_penalty: every token lowers the sum of log probabilities, so the plain sum favors short
-    translations. beam = 1 is greedy decoding.
+    A hypothesis that has ended is extended by PAD at no cost, so its score is frozen until better ones displace it. The
+    best are those with the highest score / length ** length_penalty: every token lowers the score, so without the
+    division short translations would win. beam = 1 is greedy decoding.
     """
     memory, src_mask = model.encode(src)
     (B, _), K, cache = src.shape, 1, {}                                  # K hypotheses per sentence: 1, then `beam`
@@ -534,7 +537,7 @@ def beam_search(model, src, beam, length_penalty=1.0):
         ended = ended.gather(1, parent) | (token == EOS)
         rows = (K * torch.arange(B, device=src.device).unsqueeze(1) + parent).flatten()    # (B * beam,) their parents
         tokens = torch.cat([tokens[rows], token.view(-1, 1)], dim=1)
-        if beam > 1:  # every hypothesis goes on with the cache of its parent
+        if beam > 1:  # row i continues the old row rows[i], so it takes over its cache
             memory, src_mask, K = memory[rows], src_mask[rows], best.size(1)
             cache = {module: (key[rows], value[rows]) for module, (key, value) in cache.items()}
     return tokens.view(B, K, -1)[:, 0, 1:]
@@ -543,6 +546,9 @@ def beam_search(model, src, beam, length_penalty=1.0):
 def translate(model, tokenizer, sentences, beam):
     """Translate a list of strings, in batches of 64 sentences of similar length. An empty string stays empty."""
     sources = [tokenizer.encode(sentence) + [EOS] for sentence in sentences]
+    for sentence, source in zip(sentences, sources):
+        if len(source) > model.max_len:
+            sys.exit(f"a text may have {model.max_len - 1} tokens, this one has {len(source) - 1}: {sentence[:40]}...")
     order = sorted((i for i, sentence in enumerate(sentences) if sentence.strip()), key=lambda i: len(sources[i]))
     translations = [""] * len(sentences)
     for start in range(0, len(order), 64):
@@ -595,21 +601,21 @@ def bleu(translations, references):
 def alignment_accuracy(model, tokenizer, lines):
     """How often does each head attend most to the right source word, on lines of the toy language? One token per word.
 
-    The model reads the reference translation. For every target word we take the most attended source word, leaving out
-    <eos>, in two rows of the weights: the row that *produces* the word, where it is the token to predict, and the next
-    row, which *consumes* it as input (Chen et al. 2020, https://arxiv.org/abs/2004.14837). Returns the fraction of
-    words for which it is right, (2, n_dec_layers, H), and that of two baselines: a random source word (chance) and the
-    word at the same position (diagonal). Full stops are not counted.
+    The model reads the reference translation. For the input "<bos> The man", row 0 of the weights *produces* "The" and
+    row 1 *consumes* it. Both rows can be read as the alignment of "The" (Chen et al. 2020, arXiv:2004.14837). Returns
+    the fraction of target words whose most attended source word, without <eos>, is right (for "saw": "hat" or
+    "gesehen"), (2, n_dec_layers, H). Two baselines: a random source word (chance) and the word at the same position
+    (diagonal). Full stops are not counted.
     """
     device, hits, chance, diagonal, n_words = model.token_embedding.weight.device, 0, 0, 0, 0
     for german, english, alignment in lines:
         src, tgt = tokenizer.encode(german), tokenizer.encode(english)
         assert len(tgt) == len(alignment), "alignment needs one token per word: train with more --merges"
+        T = len(alignment) - 1                                           # target words without the full stop
         right = torch.tensor([[s in words for s in range(len(src))] for words in alignment[:-1]])        # (T, S)
         memory, src_mask = model.encode(pad([src + [EOS]], device))
         _, weights = model.decode(pad([[BOS] + tgt], device), memory, src_mask, need_weights=True)
         attended = torch.cat(weights)[..., :-1].argmax(dim=-1).cpu()     # (n_dec_layers, H, T + 2) source words
-        T = len(right)
         rows = torch.stack([attended[..., :T], attended[..., 1:T + 1]])  # (2, n_dec_layers, H, T)
         hits, chance = hits + right[torch.arange(T), rows].sum(dim=-1), chance + right.float().mean(dim=1).sum()
         diagonal, n_words = diagonal + right.diagonal().sum(), n_words + T
@@ -618,7 +624,7 @@ def alignment_accuracy(model, tokenizer, lines):
 
 @torch.no_grad()
 def plot_cross_attention(model, tokenizer, sentence, beam, path):
-    """Heatmaps of the last decoder block's heads while `sentence` is translated. Row t is the one that produces t."""
+    """Heatmaps of the last decoder block's heads for `sentence`. A row is labeled with the token that it produces."""
     src = pad([tokenizer.encode(sentence) + [EOS]], model.token_embedding.weight.device)   # (1, S)
     tokens = beam_search(model, src, beam)
     tokens = tokens[:, tokens[0] != PAD]                                 # (1, T)
@@ -657,7 +663,7 @@ def test(args):
     if args.data == "toy":
         val_accuracy, _, _ = alignment_accuracy(model, tokenizer, toy_lines("val", 10_000))
         accuracy, chance, diagonal = alignment_accuracy(model, tokenizer, toy_lines("test", 30_000))
-        result += f" alignment={accuracy.flatten()[val_accuracy.argmax()]:.4f}"  # of the head that is best on val
+        result += f" alignment={accuracy.flatten()[val_accuracy.argmax()]:.4f}"  # of the head and row best on val
         print(f"most attended source word is right: chance {chance:.3f}, diagonal {diagonal:.3f}")
         figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
         heads = [f"{n + 1}.{h + 1}" for n in range(accuracy.size(1)) for h in range(accuracy.size(2))]
@@ -688,10 +694,6 @@ def translate_texts(args):
         print(f"source:      {sentence}\nreference:   {reference}\ntranslation: ", end="")
         sentences = [sentence]
     model, tokenizer = load_model(args.data, args.out_dir, args.device)
-    for sentence in sentences:
-        if len(tokenizer.encode(sentence)) >= model.max_len:
-            sys.exit(f"a text may have {model.max_len - 1} tokens, this one has {len(tokenizer.encode(sentence))}: "
-                     f"{sentence[:40]}...")
     for n, translation in enumerate(translate(model, tokenizer, sentences, args.beam), start=1):
         print(translation)
         if args.plot and translation:
@@ -717,12 +719,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", help="toy, multi30k, or a text file with English, a tab and German on every line "
                         "(default: toy; multi30k with --text)")
-    parser.add_argument("--test", action="store_true", help="do not train: score the test part")
+    parser.add_argument("--test", action="store_true", help="do not train: score the test part (or translate --line)")
     parser.add_argument("--line", type=int, help="do not train: translate this line of the data, counted from 1")
     parser.add_argument("--text", nargs="+", help="do not train: translate these texts; - reads lines from stdin")
     parser.add_argument("--plot", action="store_true", help="with --line or --text: plot the cross-attention")
     parser.add_argument("--beam", type=positive(int), default=5, help="hypotheses in beam search; 1 is greedy")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     for name, (kind, toy, other, text) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (toy {toy}, else {other})")
     args = parse_args(parser)
@@ -731,6 +733,8 @@ if __name__ == "__main__":
         vars(args).setdefault(name, toy if args.data == "toy" else other)
     if args.d_model % args.n_heads:
         parser.error(f"--n_heads {args.n_heads} does not divide --d_model {args.d_model}")
+    if args.text and (args.test or args.line is not None):
+        parser.error("--text does not go with --test or --line")
     if args.plot and args.line is None and not args.text:
         parser.error("--plot needs --line or --text")
     if args.resume and (args.test or args.line is not None or args.text):
@@ -748,16 +752,17 @@ if __name__ == "__main__":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
 
-    # The checkpoint is an unfinished training. At the end it is replaced by the weights.
+    # The checkpoint holds an unfinished run. At the end, the weights replace it.
     weights_path = os.path.join(args.out_dir, f"translate_{os.path.basename(args.data)}.pt")
     checkpoint_path = os.path.join(args.out_dir, f"translate_{os.path.basename(args.data)}_checkpoint.pt")
-    if os.path.exists(checkpoint_path) != args.resume:
-        sys.exit(f"{checkpoint_path} does not exist, there is nothing to resume" if args.resume else
-                 f"{checkpoint_path} is an unfinished training: continue it with --resume, or delete the file")
+    if args.resume and not os.path.exists(checkpoint_path):
+        sys.exit(f"there is nothing to resume: {checkpoint_path} does not exist")
+    if not args.resume and os.path.exists(checkpoint_path):
+        sys.exit(f"{checkpoint_path} holds an unfinished run: continue it with --resume, or delete the file")
 
     train_pairs, val_pairs = load_pairs(args.data, "train"), load_pairs(args.data, "val")
     settings = {name: getattr(args, name) for name in ("data", "seed", *OPTIONS)}
-    settings["checksum of the data"] = zlib.crc32(repr(train_pairs).encode())
+    settings.update({"checksum of the data": zlib.crc32(repr(train_pairs).encode()), "processes": world_size})
     checkpoint = None
     if args.resume:
         checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
@@ -765,10 +770,10 @@ if __name__ == "__main__":
             sys.exit(f"cannot resume: {checkpoint_path} was made with {checkpoint['settings']}, not {settings}")
     merges = checkpoint["merges"] if checkpoint else learn_merges(itertools.chain(*train_pairs), args.merges)
     tokenizer = Tokenizer(merges)
+    train_pairs, val_pairs = ([pair for pair in pairs if max(len(tokenizer.encode(text)) for text in pair) < MAX_LEN]
+                              for pairs in (train_pairs, val_pairs))     # without sentences that are too long
     examples, val_examples = ([(tokenizer.encode(german) + [EOS], [BOS, *tokenizer.encode(english), EOS])
                                for german, english in pairs] for pairs in (train_pairs, val_pairs))
-    examples = [example for example in examples if max(map(len, example)) <= MAX_LEN]      # some may be too long
-    val_examples = [example for example in val_examples if max(map(len, example)) <= MAX_LEN]
     sizes = len(tokenizer.pieces), MAX_LEN, args.d_model, args.n_heads, args.n_enc_layers, args.n_dec_layers
     model = TransformerModel(*sizes, args.dropout).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
@@ -784,16 +789,19 @@ if __name__ == "__main__":
     batches = itertools.islice(make_batches(examples, args.batch_tokens, args.seed), first_step, None)
     model.train()
     for step in range(first_step, args.steps):
-        torch.manual_seed(args.seed + step * world_size + rank)          # dropout depends on the step alone: --resume
+        torch.manual_seed(args.seed + step * world_size + rank)          # so a resumed run draws the same dropout masks
         indices = next(batches)
+        if len(indices) < world_size:
+            continue                                                     # every process needs a sentence
+        batch = [examples[i] for i in indices[rank::world_size]]
         n_targets = sum(len(examples[i][1]) - 1 for i in indices)        # of all processes
-        batch = [examples[i] for i in indices[rank::world_size]] or [examples[indices[0]]]     # DDP needs one from each
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-            loss = batch_loss(net, batch, args.device, label_smoothing=0.1) / n_targets
+            # the gradients should be added, but DistributedDataParallel averages them, hence the factor
+            loss = batch_loss(net, batch, args.device, label_smoothing=0.1) / n_targets * world_size
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
         optimizer.zero_grad()
-        (loss * world_size).backward()                                   # DDP averages, but this is a sum
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
