@@ -154,26 +154,23 @@ WITH_BLOCKS = {  # d_model, d_key, n_heads, mlp_factor, n_layers: number of seed
 }
 
 
-def search(width, seq_len, n_starts=2000, rounds=16, steps=400):
+def search(width, seq_len, n_starts=1500, rounds=10, steps=400):
     """Search for the f(c) with the most strings right; returns it as a TransformerClassifier without blocks.
 
     Gradient descent from a random start mostly ends in a poor local minimum. So train many starts side by side, keep
-    the best tenth, replace the rest by perturbed copies of these, and repeat. At the end, also increase the smallest
-    margin.
+    the best tenth, replace all by perturbed copies of these, and repeat.
     """
     _, parities, fractions = one_string_per_count(seq_len)
-    signs = 2 * parities - 1                                                # (T+1,), f should be > 0 for odd counts
-    s = torch.linspace(-1, 1, seq_len + 1)                                  # (T+1,), the counts, scaled to [-1, 1]
-    w = 20 * torch.randn(n_starts, width)
+    signs, fractions = 2 * parities - 1, fractions.double()                 # (T+1,), f should be > 0 for odd counts
+    s = torch.linspace(-1, 1, seq_len + 1, dtype=torch.double)              # (T+1,), the counts, scaled to [-1, 1]
+    w = 20 * torch.randn(n_starts, width, dtype=torch.double)
     b = w * (2 * torch.rand_like(w) - 1)                                    # every SiLU bends somewhere in [-1, 1]
     a = torch.randn_like(w)
-    k = torch.zeros(n_starts, 1)
-    polish = False
+    k = torch.zeros(n_starts, 1, dtype=torch.double)
     for i in range(rounds):
-        polish = polish or i == rounds - 1
         if i > 0:
-            survivors = fitness.argsort(descending=True)[:n_starts // 10].repeat(10)
-            noise = 0.03 if polish else 0.3
+            survivors = losses.argsort()[:n_starts // 10].repeat(10)
+            noise = 0.3 if i < rounds - 1 else 0.03  # first explore, then refine
             w, b, a, k = (p.detach()[survivors] * (1 + noise * torch.randn_like(p)) for p in (w, b, a, k))
         optimizer = torch.optim.Adam([p.requires_grad_() for p in (w, b, a, k)], betas=(0.9, 0.9))
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps, cycle_momentum=False)
@@ -182,37 +179,32 @@ def search(width, seq_len, n_starts=2000, rounds=16, steps=400):
             margins = signs * ((units * a.unsqueeze(1)).sum(dim=-1) + k)    # (n_starts, T+1), > 0 is right
             margins = margins / margins.abs().amax(dim=1, keepdim=True)     # only signs matter, so fix the scale
             losses = (fractions * F.softplus(-8 * margins)).sum(dim=1)      # (n_starts,)
-            if polish:
-                losses = losses - margins.masked_fill(margins <= 0, 1.0).amin(dim=1)
             optimizer.zero_grad()
             losses.sum().backward()
             optimizer.step()
             scheduler.step()
-        accuracy = (fractions * (margins > 0.001)).sum(dim=1)               # (n_starts,), logits that are clearly apart
-        fitness = accuracy - 1e-4 * losses                                  # the loss decides between equal accuracies
-        if polish and accuracy.max() > 0.9999:
-            break
-        polish = accuracy.max() > 0.9999
-    w, b, a, k = (p.detach()[fitness.argmax()].double() for p in (w, b, a, k))
+    accuracy = (fractions * (margins > 0.001)).sum(dim=1)                   # only logits that are clearly apart count
+    best = (accuracy + 1e-4 * margins.abs().amin(dim=1)).argmax()           # of equal ones, the furthest from zero
+    w, b, a, k = (p.detach()[best] for p in (w, b, a, k))
 
     # Write f into the real model. Embeddings that are opposite after LayerNorm, -u for 0 and u for 1, have mean s u.
     model = TransformerClassifier(2, 2, width, 1, 1, 1, 0).double()
     first, _, last = model.classifier
     with torch.no_grad():
-        u = torch.linspace(-1, 1, width)
+        u = torch.linspace(-1, 1, width, dtype=torch.double)
         model.token_embedding.weight.copy_(torch.stack([-u, u]))
         u = model.final_layer_norm(model.token_embedding.weight[1])         # (width,)
-        first.weight.copy_(torch.outer(w, u) / (u @ u))                     # times s u: w s
+        first.weight.copy_(torch.outer(w, u) / (u @ u).clamp_min(1e-9))     # times s u: w s (width 1: u is 0)
         first.bias.copy_(b)
         last.weight.copy_(torch.stack([-a / 2, a / 2]))                     # logit(odd) - logit(even) = f
         last.bias.copy_(torch.cat([-k / 2, k / 2]))
     return model.float()
 
 
-def train_many(sizes, n_seeds, seq_len, device="cpu", steps=2000, lr=0.01):
+def train_many(sizes, n_seeds, seq_len, device, steps=2000, lr=0.01):
     """Train S = n_seeds models of these sizes side by side; returns the one with the most strings right.
 
-    This asks what can be learned, not what generalizes: it trains on all 2^T strings, one for each count, weighted.
+    This asks what can be learned, not what generalizes: it trains on all 2^T strings, as one weighted string per count.
     """
     strings, parities, fractions = one_string_per_count(seq_len, device)
     models = []
@@ -225,17 +217,8 @@ def train_many(sizes, n_seeds, seq_len, device="cpu", steps=2000, lr=0.01):
     forward = torch.func.vmap(lambda one: torch.func.functional_call(models[0], one, (strings,)))
     optimizer = torch.optim.Adam(weights.values(), betas=(0.9, 0.95))       # elementwise: no model disturbs another
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=False)
-    best = torch.zeros(n_seeds, device=device)                              # (S,)
-    best_weights = {name: value.detach().clone() for name, value in weights.items()}
     for _ in range(steps):
-        margins = forward(weights).diff(dim=-1).squeeze(-1) * (2 * parities - 1)            # (S, T+1), > 0 is right
-        with torch.no_grad():  # the smallest models do not stay where they work, so keep the best step of each
-            # Logits that are equal but for rounding are right by chance: count only those that are clearly apart.
-            accuracy = (fractions * (margins > 0.001)).sum(dim=1)           # (S,)
-            better = accuracy > best
-            best[better] = accuracy[better]
-            for name, value in weights.items():
-                best_weights[name][better] = value[better]
+        margins = (2 * parities - 1) * forward(weights).diff(dim=-1).squeeze(-1)            # (S, T+1), > 0 is right
         optimizer.zero_grad()
         (fractions * F.softplus(-margins)).sum().backward()                 # cross-entropy with two classes
         gradients = [value.grad for value in weights.values()]              # each (S, ...)
@@ -244,7 +227,8 @@ def train_many(sizes, n_seeds, seq_len, device="cpu", steps=2000, lr=0.01):
             g /= norms.clamp_min(1.0).view(-1, *[1] * (g.ndim - 1))
         optimizer.step()
         scheduler.step()
-    models[0].load_state_dict({name: value[best.argmax()] for name, value in best_weights.items()})
+    best = (fractions * (margins > 0.001)).sum(dim=1).argmax()
+    models[0].load_state_dict({name: value[best] for name, value in weights.items()})
     return models[0].cpu()
 
 

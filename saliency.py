@@ -16,7 +16,6 @@ $ python saliency.py --weights imagenet --image a.jpg b.png         # your own p
 
 Simonyan et al. 2014, "Deep Inside Convolutional Networks", https://arxiv.org/abs/1312.6034 (saliency)
 Goodfellow et al. 2015, "Explaining and Harnessing Adversarial Examples", https://arxiv.org/abs/1412.6572 (sign step)
-He et al. 2016, "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385 (ResNet)
 """
 
 import argparse
@@ -41,8 +40,8 @@ from attention import download, parse_args, positive
 def calculate_jacobian(model, x, target):
     """Gradient (B, 3, H, W) of the loss with respect to the images x (B, 3, H, W), and the logits (B, n_classes).
 
-    The loss is the cross-entropy with `target` (B,), summed over images, so the gradient of an image is the same alone
-    and in a batch. This needs BatchNorm in eval mode: in training mode it mixes the images of a batch.
+    The loss is the cross-entropy with `target` (B,), summed over images, and BatchNorm is in eval mode (in training
+    mode it mixes the images of a batch), so the gradient of an image is the same alone and in a batch.
     """
     model = copy.deepcopy(model).eval()  # a copy, so the caller's model keeps its mode
     x = x.detach().clone().requires_grad_()                                 # (B, 3, H, W)
@@ -65,8 +64,7 @@ def saliency_map(gradient):
 def adversarial_example(model, x, target, eps, steps=1):
     """Images in [0, 1] within eps of x, after `steps` sign steps of eps / steps that increase the loss.
 
-    One step is the fast gradient sign method (Goodfellow et al. 2015, section 4). Several smaller steps recompute the
-    gradient on the way.
+    One step is the fast gradient sign method (Goodfellow et al. 2015); several recompute the gradient on the way.
     """
     adversarial = x.detach()                                                # (B, 3, H, W)
     for _ in range(steps):
@@ -82,15 +80,15 @@ def adversarial_example(model, x, target, eps, steps=1):
 #     scaled Jacobian    d = eps * g / Linf     adds eps * L2^2 / Linf    only the largest entry changes by eps
 #     random signs       d = eps * (+1 or -1)   adds 0 on average, with standard deviation eps * L2
 #
-# and L1 >= L2^2 / Linf >= L2. For n entries of equal magnitude L1 is sqrt(n) * L2: noise of the same size falls behind
-# as images grow. The unscaled Jacobian, d = g, is tiny, because the loss of a confident prediction is flat.
+# and L1 >= L2^2 / Linf >= L2. If all n entries of g have the same magnitude, L1 = sqrt(n) * L2: the more pixels, the
+# less noise matters. The unscaled Jacobian, d = g, is tiny for a confident prediction, whose loss is flat.
 
 
 def all_attacks(model, x, target, eps, steps):
     """A dictionary of four ways to change the images x by their Jacobian or at random, each at most eps if scaled."""
     gradient, _ = calculate_jacobian(model, x, target)                      # (B, 3, H, W)
     largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)  # (B, 1, 1, 1)
-    return {"sign step" if steps == 1 else f"{steps} sign steps": adversarial_example(model, x, target, eps, steps),
+    return {"sign step": adversarial_example(model, x, target, eps, steps),
             "scaled Jacobian": (x + eps * gradient / largest).clamp(0, 1),
             "unscaled Jacobian": (x + gradient).clamp(0, 1),
             "random signs": (x + eps * torch.randn_like(x).sign()).clamp(0, 1)}
@@ -120,14 +118,10 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The ResNet-18 of He et al. 2016, table 1: photographs (B, 3, 224, 224) in [0, 1] -> logits (B, num_classes)."""
+    """ResNet-18 (He et al. 2016, https://arxiv.org/abs/1512.03385): (B, 3, 224, 224) -> logits (B, n_classes)."""
 
-    def __init__(self, num_classes):
+    def __init__(self, n_classes):
         super().__init__()
-        # Mean and standard deviation of ImageNet's colors. torchvision normalizes outside the network; inside, eps is
-        # a change of pixels. persistent=False keeps the two out of the state_dict.
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -135,16 +129,17 @@ class ResNet(nn.Module):
         self.layer2 = nn.Sequential(BasicBlock(64, 128, stride=2), BasicBlock(128, 128))
         self.layer3 = nn.Sequential(BasicBlock(128, 256, stride=2), BasicBlock(256, 256))
         self.layer4 = nn.Sequential(BasicBlock(256, 512, stride=2), BasicBlock(512, 512))
-        self.fc = nn.Linear(512, num_classes)
+        self.fc = nn.Linear(512, n_classes)
 
     def forward(self, x):
-        x = (x - self.mean) / self.std                                      # (B, 3, 224, 224)
-        x = F.relu(self.bn1(self.conv1(x)))                                 # (B, 64, 112, 112)
+        # mean and std of ImageNet's colors; torchvision normalizes outside, but here eps is a change of pixel values
+        mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+        x = F.relu(self.bn1(self.conv1((x - mean) / std)))                  # (B, 64, 112, 112)
         x = self.layer1(self.maxpool(x))                                    # (B, 64, 56, 56)
         x = self.layer2(x)                                                  # (B, 128, 28, 28)
         x = self.layer3(x)                                                  # (B, 256, 14, 14)
         x = self.layer4(x)                                                  # (B, 512, 7, 7)
-        return self.fc(x.mean(dim=(2, 3)))                                  # (B, num_classes)
+        return self.fc(x.mean(dim=(2, 3)))                                  # (B, n_classes)
 
 
 def resnet18(num_classes=1000):
@@ -152,13 +147,13 @@ def resnet18(num_classes=1000):
     return ResNet(num_classes)
 
 
-def small_resnet(num_classes):
+def small_resnet(n_classes):
     """The same blocks for small images (B, 3, 32, 32): 73,045 parameters for 5 classes."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),          # (B, 16, 32, 32)
         BasicBlock(16, 32, stride=2),                                       # (B, 32, 16, 16)
         BasicBlock(32, 64, stride=2),                                       # (B, 64, 8, 8)
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))  # (B, num_classes)
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, n_classes))    # (B, n_classes)
 
 
 def load_weights(model, path):
@@ -217,7 +212,7 @@ def make_images(n):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Measures
+# Measures and figures
 
 
 @torch.no_grad()
@@ -237,10 +232,6 @@ def pointing_of(model, images, labels, masks):
     near = F.max_pool2d(masks.float().unsqueeze(1), 5, 1, padding=2).flatten(1)              # (B, H * W)
     hits = near.gather(1, saliency.flatten(1).argmax(dim=1, keepdim=True))  # (B, 1)
     return hits.mean().item(), near.mean().item()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures
 
 
 def plot_samples(model, images, labels, titles, names, path):
@@ -285,8 +276,7 @@ def plot_attacks(model, images, labels, names, args, path):
                 row[column - 1].set_title(f"change, {name}", fontsize=9)
     for axis in axes.flat:
         axis.set_axis_off()
-    figure.suptitle(f"eps = {255 * args.eps:.3g}/255. Red: fooled. Changes are magnified: gray is no change, "
-                    "black -eps, white +eps", fontsize=9)
+    figure.suptitle(f"eps = {255 * args.eps:.3g}/255, red: fooled. Change: black -eps, gray 0, white eps", fontsize=9)
     figure.savefig(path, dpi=100)
     print(f"saved {path}")
 
@@ -294,7 +284,7 @@ def plot_attacks(model, images, labels, names, args, path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Photographs
 
-# address, file, SHA-256
+# URL, file, SHA-256
 WEIGHTS = ("https://download.pytorch.org/models/resnet18-f37072fd.pth", "data/resnet18-f37072fd.pth",
            "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec")
 NAMES = ("https://raw.githubusercontent.com/pytorch/hub/a6fc887fbbbda0dd37c440bf8a145f1da6707d6b/imagenet_classes.txt",
@@ -345,10 +335,9 @@ def photographs(args):
     download(*NAMES)
     with open(NAMES[1], encoding="utf-8") as file:
         names = file.read().splitlines()
+    labels = torch.tensor([label for _, label, _ in PHOTOGRAPHS], device=args.device)        # (B,)
     if args.image:  # no labels here: use the predicted class
-        labels = predict(model, images).argmax(dim=1)                       # (B,)
-    else:
-        labels = torch.tensor([label for _, label, _ in PHOTOGRAPHS], device=args.device)
+        labels = predict(model, images).argmax(dim=1)
     titles = [os.path.basename(file) for file in files]
     plot_samples(model, images, labels, titles, names, f"{args.out_dir}/saliency_photographs.png")
     plot_attacks(model, images, labels, names, args, f"{args.out_dir}/saliency_photographs_adversarial.png")
@@ -379,11 +368,9 @@ if __name__ == "__main__":
         sys.exit(photographs(args))
 
     images, labels, masks = (t.to(args.device) for t in make_images(1000))  # to test on
-    # channels_last, an order of the numbers in memory, makes convolutions on a CPU a fifth faster
-    model = small_resnet(len(CLASSES)).to(args.device, memory_format=torch.channels_last)
+    model = small_resnet(len(CLASSES)).to(args.device, memory_format=torch.channels_last)  # a fifth faster on a CPU
     untrained, chance = pointing_of(model, images, labels, masks)
-    path = args.load
-    if not path:
+    if not args.load:
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.15,
                                                         cycle_momentum=False)
@@ -400,14 +387,14 @@ if __name__ == "__main__":
             optimizer.step()
             scheduler.step()
         # Half precision is accurate enough. All numbers below are those of the saved weights, as with --load.
-        path = f"{args.out_dir}/saliency.pt"
-        torch.save({name: value.half() for name, value in model.state_dict().items()}, path)
-        print(f"saved {path}")
-    load_weights(model, path)
-
+        args.load = f"{args.out_dir}/saliency.pt"
+        torch.save({name: value.half() for name, value in model.state_dict().items()}, args.load)
+        print(f"saved {args.load}")
+    load_weights(model, args.load)
     accuracy = accuracy_of(model, images, labels)
     pointing, _ = pointing_of(model, images, labels, masks)
-    print(f"1,000 new images: accuracy {accuracy:.4f}, pointing {pointing:.4f} (untrained {untrained:.4f}, chance {chance:.4f})")
+    print(f"1,000 new images: accuracy {accuracy:.4f}, pointing {pointing:.4f} (untrained network {untrained:.4f}, "
+          f"random pixel {chance:.4f})")
 
     # Which change of the image fools the network?
     torch.manual_seed(args.seed)  # the same random signs with --load
@@ -417,23 +404,19 @@ if __name__ == "__main__":
     print(f"medians: L1 is {(l1 / l2).nanmedian():.1f} times L2 and {(l1 * linf / l2 ** 2).nanmedian():.1f} times "
           f"L2^2 / Linf\nlargest entry of the Jacobian: median {255 * linf.median():.2f}/255, maximum "
           f"{255 * linf.max():.0f}/255")
-    eps_values = sorted({2 / 255, 4 / 255, 8 / 255, 16 / 255, args.eps})
+    print("accuracy  eps           sign step     scaled Jacobian   unscaled Jacobian        random signs")
     rows = []
-    for eps in eps_values:
-        attacked = all_attacks(model, x, y, eps, args.attack_steps)
-        if not rows:
-            print("accuracy, eps:" + "".join(f"{name:>20}" for name in attacked))
+    for eps in (2, 4, 8, 16):
+        attacked = all_attacks(model, x, y, eps / 255, args.attack_steps)
         rows.append([accuracy_of(model, changed, y) for changed in attacked.values()])
-        print(f"{255 * eps:9.4g}/255" + "".join(f"{value:20.4f}" for value in rows[-1]), flush=True)
-    accuracy_attacked = rows[eps_values.index(args.eps)][0]
+        print(f"{eps:9}/255" + "".join(f"{value:20.4f}" for value in rows[-1]), flush=True)
     figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
     for name, values, style in zip(attacked, zip(*rows), ("o-", "s--", "x-.", "^:")):
-        axis.plot([255 * eps for eps in eps_values], values, style, label=name)
+        axis.plot([2, 4, 8, 16], values, style, label=name)
     axis.set(title="accuracy under attack", xlabel="eps * 255", xticks=[2, 4, 8, 16], ylim=(0, 1.05))
     axis.legend()
-    path = f"{args.out_dir}/saliency_accuracy.png"
-    figure.savefig(path, dpi=100)
-    print(f"saved {path}")
+    figure.savefig(f"{args.out_dir}/saliency_accuracy.png", dpi=100)
+    print(f"saved {args.out_dir}/saliency_accuracy.png")
 
     # Four images of different classes, and the first three that are fooled
     first = [y.tolist().index(c) for c in range(4)]
@@ -442,6 +425,6 @@ if __name__ == "__main__":
     fooled = (predict(model, x).argmax(dim=1) == y) & (predict(model, adversarial).argmax(dim=1) != y)
     chosen = fooled.int().argsort(descending=True, stable=True)[:3]
     plot_attacks(model, x[chosen], y[chosen], CLASSES, args, f"{args.out_dir}/saliency_adversarial.png")
-    n_params = sum(p.numel() for p in model.parameters())
-    print(f"result: accuracy={accuracy:.4f} pointing={pointing:.4f} accuracy_attacked={accuracy_attacked:.4f} "
-          f"params={n_params} seconds={time.perf_counter() - start:.1f}")
+    print(f"result: accuracy={accuracy:.4f} pointing={pointing:.4f} "
+          f"accuracy_attacked={accuracy_of(model, adversarial, y):.4f} "
+          f"params={sum(p.numel() for p in model.parameters())} seconds={time.perf_counter() - start:.1f}")

