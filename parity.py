@@ -143,7 +143,7 @@ def exact_accuracy(model, seq_len):
 # subset of the terms, of degree 1 but for one of degree 0. Such a sum has fewer real zeros than coefficients, here at
 # most 2 (2^n - 1) = 2^(n+1) - 2 for n terms: 2, 6, 14, 30. So 20 parameters (width 2) cannot get all strings right
 # for T = 10. Whether they can pass 0.95 is open: that takes 6 sign changes, which the bound allows, but the search
-# finds 5. Nor does the bound exclude 10 sign changes with 32 parameters (width 3), where it finds 6.
+# finds 5. Nor does the bound exclude 10 sign changes with 32 parameters (width 3), where it finds 7.
 WIDTHS = [1, 2, 3, 4, 5, 8]  # without a block
 WITH_BLOCKS = {  # d_model, d_key, n_heads, mlp_factor, n_layers: number of seeds
     (1, 1, 1, 1, 1): 4,
