@@ -134,16 +134,18 @@ def exact_accuracy(model, seq_len):
 # How small can it get?
 #
 # Width 1 cannot work: LayerNorm over a single feature returns its bias for any input, so all strings get equal logits.
-# The smallest model with a block then has width 2 and everything else 1: 58 parameters.
+# Everything else can be 1, so the smallest model with a block that can work has width 2 and 58 parameters.
 #
 # Without a block, mean pooling over LayerNormed embeddings is linear in the count c, and the classifier on top is a
-# network with one hidden layer and one input: f(c) = k + sum over j of a_j SiLU(w_j c + b_j), with d_model terms. How
+# network with one input and one hidden layer of n = d_model units: f(c) = k + sum over j of a_j SiLU(w_j c + b_j). How
 # often can it change sign? A ReLU adds one kink; SiLU(u) = u / (1 + e^-u) dips below zero before it rises: it can do
-# more. Multiply f by all (1 + e^-u_j): what results is a sum of exponentials with polynomial coefficients, one for each
-# subset of the terms, of degree 1 but for one of degree 0. Such a sum has fewer real zeros than coefficients, here at
-# most 2 (2^n - 1) = 2^(n+1) - 2 for n terms: 2, 6, 14, 30. So 20 parameters (width 2) cannot get all strings right
-# for T = 10. Whether they can pass 0.95 is open: that takes 6 sign changes, which the bound allows, but the search
-# finds 5. Nor does the bound exclude 10 sign changes with 32 parameters (width 3), where it finds 7.
+# more.
+# Multiply f by all (1 + e^-u_j): this gives a sum of exponentials with polynomial coefficients, one for each subset of
+# the units, of degree 1 except one of degree 0. By Rolle's theorem such a sum has fewer real zeros than coefficients,
+# so f has at most 2^(n+1) - 2: that is 2, 6, 14, 30. 20 parameters (width 2) cannot get all strings right. Whether they
+# can pass 0.95 is open: that takes 6 sign changes, which the bound allows, but the search finds 5 (0.9453). Nor does
+# the bound exclude 10 sign changes for 32 parameters (width 3), where the search finds 7 (0.9893).
+
 WIDTHS = [1, 2, 3, 4, 5, 8]  # without a block
 WITH_BLOCKS = {  # d_model, d_key, n_heads, mlp_factor, n_layers: number of seeds
     (1, 1, 1, 1, 1): 4,
@@ -256,7 +258,18 @@ def sweep(args):
         print("{:7} {:5} {:7} {:10} {:8} |".format(*sizes),
               f"{params:6} {accuracy:8.4f} {sign_changes:12} {apart:12.2g}", flush=True)
         results.append((params, accuracy, sizes, model))
-    plot_sweep(results, os.path.join(args.out_dir, "parity_sweep.png"))
+
+    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
+    for label, style, chosen in (("no block", "s--", results[:len(WIDTHS)]), ("blocks", "o-", results[len(WIDTHS):])):
+        axis.semilogx([result[0] for result in chosen], [result[1] for result in chosen], style, label=label)
+    axis.axhline(0.95, color="grey", linestyle=":", label="accuracy 0.95")
+    axis.set_xticks([result[0] for result in results], [result[0] for result in results], rotation=90, fontsize=7)
+    axis.minorticks_off()
+    axis.set(xlabel="parameters", ylabel="accuracy on all strings, best model")
+    axis.legend()
+    path = os.path.join(args.out_dir, "parity_sweep.png")
+    figure.savefig(path, dpi=100)
+    print(f"saved {path}")
 
     smallest = []
     for threshold in (0.95, 1.0):
@@ -272,21 +285,6 @@ def sweep(args):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures
-
-
-def plot_sweep(results, path):
-    """Accuracy against parameters, with and without blocks."""
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for label, style, chosen in (("no block", "s--", results[:len(WIDTHS)]), ("blocks", "o-", results[len(WIDTHS):])):
-        params, accuracies, _, _ = zip(*chosen)
-        axis.semilogx(params, accuracies, style, label=label)
-    axis.axhline(0.95, color="grey", linestyle=":", label="accuracy 0.95")
-    axis.set_xticks([r[0] for r in results], [r[0] for r in results], rotation=90, fontsize=8)
-    axis.minorticks_off()
-    axis.set(xlabel="parameters", ylabel="accuracy on all strings, best model")
-    axis.legend()
-    figure.savefig(path, dpi=100)
-    print(f"saved {path}")
 
 
 def plot_sawtooth(axis, model, seq_len):
@@ -308,8 +306,9 @@ def plot_units(model, seq_len, path):
     pooled = zero + (c / seq_len).unsqueeze(1) * (one - zero)               # (401, d_model)
     units = silu(first(pooled)) * last.weight.diff(dim=0)                   # (401, d_model)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.plot(c, units, label=[f"$a_{j} SiLU(w_{j} c + b_{j})$" for j in range(1, units.size(1) + 1)])
-    left.set(title="each hidden unit", xlabel="number of ones c")
+    left.plot(c, units, label=[f"$a_{j}$ SiLU($w_{j} c + b_{j}$)" for j in range(1, units.size(1) + 1)])
+    left.set(title="each hidden unit (logarithmic beyond 1)", xlabel="number of ones c")
+    left.set_yscale("symlog", linthresh=1)
     left.legend()
     right.plot(c, units.sum(dim=1) + last.bias.diff(), color="lightgrey")
     plot_sawtooth(right, model, seq_len)
@@ -337,7 +336,8 @@ def plot_training(model, history, seq_len, path):
 def plot_heads(model, seq_len, path):
     """What two heads of the first two blocks attend to, in a string with a one in every third place."""
     string = (torch.arange(seq_len) % 3 == 1).long()                        # (T,)
-    x, panels, titles = model.token_embedding(string.to(next(model.parameters()).device)), [], []     # (T, d_model)
+    x = model.token_embedding(string.to(next(model.parameters()).device))   # (T, d_model)
+    panels, titles = [], []
     for i, block in enumerate(model.transformer_model[:2]):
         for j, head in enumerate(block.attn.heads[:2]):
             h = block.ln1(x)
@@ -393,7 +393,7 @@ if __name__ == "__main__":
         rows = torch.arange(n_train, device=args.device)
         if args.batch_size < n_train:
             rows = torch.randint(n_train, (args.batch_size,), device=args.device)           # (B,)
-        # model(x[rows]) up to rounding, but ten times faster: the model cannot see order, so compute the logits once
+        # model(x[rows]) up to rounding, but five times faster: the model cannot see order, so compute the logits once
         # for each count and look them up. (If you add positional embeddings, use model(x[rows]).)
         logits = model(strings)[counts[rows]]                               # (B, 2)
         loss = F.cross_entropy(logits, y[rows])

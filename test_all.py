@@ -322,7 +322,7 @@ def test_the_sweep_saves_the_smallest_models_that_work(tmp_path, monkeypatch):
         source = file.read()
     small = source.replace("WIDTHS = [1, 2, 3, 4, 5, 8]", "WIDTHS = [1, 2]").replace(": 256,", ": 1,")
     small = re.sub(r"\n    \(\d, \d, \d, \d, [12]\): (?!1,).+", "", small).replace("steps=2000", "steps=5")
-    (tmp_path / "parity.py").write_text(small.replace("n_starts=1500, rounds=8", "n_starts=100, rounds=2"), "utf-8")
+    (tmp_path / "parity.py").write_text(small.replace("n_starts=1500, rounds=10", "n_starts=100, rounds=2"), "utf-8")
     monkeypatch.syspath_prepend(HERE)
     _, output = run(tmp_path / "parity.py", "--sweep", "--seq_len", 4, "--out_dir", tmp_path)
     result = result_of(output)
