@@ -174,9 +174,11 @@ SIZE = 32
 def make_images(n):
     """n random images (n, 3, 32, 32), their labels (n,), and masks (n, 32, 32) that are True on the shape."""
     def uniform(low, high, k=1):
+        """Random numbers (n, k, 1, 1)."""
         return low + (high - low) * torch.rand(n, k, 1, 1)
 
-    def rotated(x_0, y_0, angle):  # coordinates around the point (x_0, y_0)
+    def rotated(x_0, y_0, angle):
+        """Coordinates of all pixels around the point (x_0, y_0), rotated by `angle`."""
         y, x = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
         return (x - x_0) * angle.cos() + (y - y_0) * angle.sin(), (y - y_0) * angle.cos() - (x - x_0) * angle.sin()
 
@@ -281,9 +283,8 @@ def plot_attacks(model, images, labels, names, args, path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Photographs
+# Photographs: URL, file, SHA-256
 
-# URL, file, SHA-256
 WEIGHTS = ("https://download.pytorch.org/models/resnet18-f37072fd.pth", "data/resnet18-f37072fd.pth",
            "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec")
 NAMES = ("https://raw.githubusercontent.com/pytorch/hub/a6fc887fbbbda0dd37c440bf8a145f1da6707d6b/imagenet_classes.txt",

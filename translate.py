@@ -61,7 +61,7 @@ from attention import attention, download, parse_args, plot_attention, positive
 # differences from the paper: positions are learned instead of sinusoidal, and the FeedForward is twice as wide as the
 # model instead of four times.
 
-PAD, BOS, EOS = 0, 1, 2     # padding, beginning of sentence, end of sentence
+PAD, BOS, EOS = 0, 1, 2     # padding, start of sentence, end of sentence
 MAX_LEN = 100               # number of positions
 
 
