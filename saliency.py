@@ -1,9 +1,9 @@
 """
 Where does a network without attention look, and how is it fooled?
 
-A convolutional network has no attention weights to plot. But it is differentiable, so we can ask how much the loss
-changes with every pixel of the image: the Jacobian of the loss with respect to the input. Where it is large, a small
-change matters most (saliency). A step along its signs, too small to see, fools the network (an adversarial example).
+A convolutional network has no attention weights to plot, but we can ask how much the loss changes with every pixel of
+the image: its Jacobian with respect to the input, for a scalar loss simply the gradient. Where it is large, a small
+change matters most (saliency). A step along its signs, too small to see, fools the network (adversarial example).
 
 The script draws its own images, simple shapes on a cluttered background, and trains a small ResNet on them. It knows
 where each shape is, so it can measure how often the most salient pixel is within two pixels of it (pointing). With
@@ -47,14 +47,14 @@ def calculate_jacobian(model, x, target):
     x = x.detach().clone().requires_grad_()                                 # (B, 3, H, W)
     logits = model(x)                                                       # (B, n_classes)
     # The gradient with respect to the logits is softmax - one_hot. For a confident prediction float32 rounds the
-    # target's p - 1 to 0 (from a margin of about 17 on), float64 does not. On the CPU because mps has no float64.
+    # target's p - 1 to 0 (once its logit leads by about 17), float64 does not. On the CPU because mps has no float64.
     loss = F.cross_entropy(logits.cpu().double(), target.cpu(), reduction="sum")
     gradient, = torch.autograd.grad(loss, x)                                # (B, 3, H, W)
     return gradient, logits.detach()
 
 
 def saliency_map(gradient):
-    """Gradient (B, 3, H, W) -> saliency (B, H, W): L2 norm over the colors, rescaled to [0, 1] for each image."""
+    """Gradient (B, 3, H, W) -> saliency (B, H, W): L2 norm over colors (Simonyan: maximum), rescaled to [0, 1]."""
     red, green, blue = gradient.unbind(dim=1)                               # (B, H, W) each
     norm = torch.hypot(torch.hypot(red, green), blue)  # does not square, so tiny gradients do not underflow to 0
     low, high = norm.amin(dim=(1, 2), keepdim=True), norm.amax(dim=(1, 2), keepdim=True)    # (B, 1, 1)
@@ -76,16 +76,16 @@ def adversarial_example(model, x, target, eps, steps=1):
 # Why the sign? To first order, a change d of the image adds sum(g * d) to the loss, with g the gradient. Let
 # L1 = sum |g|, L2 = sqrt(sum g^2) and Linf = max |g|. If no value may change by more than eps, then
 #
-#     sign step          d = eps * sign(g)      adds eps * L1             the maximum: every value changes by all of eps
+#     sign step          d = eps * sign(g)      adds eps * L1             the maximum: every value changes by eps
 #     scaled Jacobian    d = eps * g / Linf     adds eps * L2^2 / Linf    only the largest entry changes by eps
 #     random signs       d = eps * (+1 or -1)   adds 0 on average, with standard deviation eps * L2
 #
-# and L1 >= L2^2 / Linf >= L2. If all n entries of g have the same magnitude, L1 = sqrt(n) * L2: the more pixels, the
-# less noise matters. The unscaled Jacobian, d = g, is tiny for a confident prediction, whose loss is flat.
+# and L1 >= L2^2 / Linf >= L2. If all n = 3 * H * W entries of g have the same magnitude, L1 = sqrt(n) * L2: the larger
+# the image, the further the sign step is ahead of noise. The unscaled Jacobian is tiny for a confident prediction.
 
 
 def all_attacks(model, x, target, eps, steps):
-    """A dictionary of four ways to change the images x by their Jacobian or at random, each at most eps if scaled."""
+    """Four attacks, {name: images}. All change a value by at most eps, but the unscaled Jacobian ignores eps."""
     gradient, _ = calculate_jacobian(model, x, target)                      # (B, 3, H, W)
     largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)  # (B, 1, 1, 1)
     return {"sign step": adversarial_example(model, x, target, eps, steps),
@@ -193,11 +193,11 @@ def make_images(n):
     bright = torch.randint(2, (n, 3, 1, 1))
     images = 0.55 * images + 0.45 * (1 - bright)
     color = 0.75 * bright + uniform(0, 0.25, 3)                             # (n, 3, 1, 1)
-    # Four faint strokes that mean nothing. A distance is negative inside; within half a pixel of 0 it blends.
+    # Four faint strokes as distractors, drawn by signed distance: negative inside, edges antialiased over one pixel
     u, v = rotated(uniform(0, SIZE, 4), uniform(0, SIZE, 4), uniform(0, math.pi, 4))         # (n, 4, H, W)
     distance = torch.maximum(u.abs() - uniform(0.5, 3, 4), v.abs() - uniform(0.4, 0.8, 4)).amin(dim=1, keepdim=True)
     images = images.lerp(color, 0.3 * (0.5 - distance).clamp(0, 1))
-    # The shapes, for a radius of 1: roughly the distance of every pixel from each
+    # The approximate signed distance of every pixel to each of the five shapes, in units of the radius
     radius = uniform(6.5, 9)                                                # (n, 1, 1, 1)
     u, v = rotated(*(radius + (SIZE - 2 * radius) * uniform(0, 1, 2)).split(1, dim=1), uniform(0, 2 * math.pi))
     u, v = u / radius, v / radius                                           # (n, 1, H, W)
@@ -329,9 +329,8 @@ def photographs(args):
     images = torch.stack([read_image(file) for file in files]).to(args.device)               # (B, 3, 224, 224)
     if args.weights == "imagenet":
         download(*WEIGHTS)
-        args.weights = WEIGHTS[1]
     model = resnet18().to(args.device)
-    load_weights(model, args.weights)
+    load_weights(model, WEIGHTS[1] if args.weights == "imagenet" else args.weights)
     download(*NAMES)
     with open(NAMES[1], encoding="utf-8") as file:
         names = file.read().splitlines()
@@ -395,7 +394,7 @@ if __name__ == "__main__":
     pointing, _ = pointing_of(model, images, labels, masks)
     on_shape, _ = pointing_of(model, images, labels, masks, margin=0)
     print(f"1,000 new images: accuracy {accuracy:.4f}, most salient pixel on the shape {on_shape:.4f}, within 2 pixels "
-          f"{pointing:.4f} (untrained network {untrained:.4f}, random pixel {chance:.4f})")
+          f"{pointing:.4f} (untrained network {untrained:.4f}, random pixel {chance:.4f} within 2 pixels)")
 
     # Which change of the image fools the network?
     torch.manual_seed(args.seed)  # the same random signs with --load
