@@ -424,13 +424,15 @@ class Tokenizer:
 
     def encode(self, text):
         """The tokens of a text, a list of ints: the bytes of each word, merged in the order of `merges`."""
-        for word in set(WORD.findall(text)) - self.encoded.keys():
-            tokens = [FIRST_BYTE + b for b in word.encode("utf-8", "surrogatepass")]
-            while pairs := [pair for pair in zip(tokens, tokens[1:]) if pair in self.rank]:
-                pair = min(pairs, key=self.rank.get)
-                tokens = merge(tokens, pair, FIRST_BYTE + 256 + self.rank[pair])
-            self.encoded[word] = tokens
-        return [token for word in WORD.findall(text) for token in self.encoded[word]]
+        words = WORD.findall(text)
+        for word in words:
+            if word not in self.encoded:
+                tokens = [FIRST_BYTE + b for b in word.encode("utf-8", "surrogatepass")]
+                while pairs := [pair for pair in zip(tokens, tokens[1:]) if pair in self.rank]:
+                    pair = min(pairs, key=self.rank.get)
+                    tokens = merge(tokens, pair, FIRST_BYTE + 256 + self.rank[pair])
+                self.encoded[word] = tokens
+        return [token for word in words for token in self.encoded[word]]
 
     def decode(self, tokens):
         """The text of a list of tokens. Invalid UTF-8, which a model may produce, is replaced by question marks."""
