@@ -11,10 +11,10 @@ keys, so both can be learned by gradient descent. For one query and three key-va
                                                         1 1 0 0              5  5
     scores  = query . key  =  4.00 0.00 2.00     how similar is the query to each key?
     scores / sqrt(4)       =  2.00 0.00 1.00     4 is the width d_k of queries and keys
-    weights = softmax      =  0.67 0.09 0.24     positive, sum to 1
+    weights = softmax      =  0.67 0.09 0.24     positive, sum to 1 (rounded here)
     output                 =  7.88 2.12          0.67 * (10, 0) + 0.09 * (0, 10) + 0.24 * (5, 5)
 
-$ python attention.py               # this example for three queries, then learn a dictionary, in seconds
+$ python attention.py               # run this example for three queries, then train a dictionary (seconds)
 $ python attention.py --benchmark   # time and memory of the formula and of torch's fused kernel
 
 Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1, https://arxiv.org/abs/1706.03762
@@ -39,24 +39,25 @@ from torch import nn
 def attention(q, k, v, mask=None, activation="softmax", need_weights=True):
     """Scaled dot-product attention. Returns the output (..., T_q, d_v) and the weights (..., T_q, T_k).
 
-    q is (..., T_q, d_k), k (..., T_k, d_k), v (..., T_k, d_v); leading dimensions (batch, heads) broadcast. `mask` is
+    q is (..., T_q, d_k), k (..., T_k, d_k), v (..., T_k, d_v); leading dimensions (batch, ...) broadcast. `mask` is
     boolean, broadcasts to (..., T_q, T_k), and True means *may attend*, as in `F.scaled_dot_product_attention`.
     (`nn.MultiheadAttention` uses the opposite convention.) A query that may attend to nothing gets zeros.
-    Without `need_weights` the weights are None, and softmax attention runs in torch's fused kernel, which is faster.
+    Without `need_weights` the weights are None, and softmax attention runs in torch's fused kernel, which is faster
+    and never stores all T_q x T_k weights.
     """
     assert activation in ("softmax", "sigmoid"), activation
     # F.scaled_dot_product_attention would silently add a float mask to the scores
     assert mask is None or mask.dtype == torch.bool, "mask must be boolean, True = may attend"
     if activation == "softmax" and not need_weights:
         return F.scaled_dot_product_attention(q, k, v, mask), None
-    # A dot product of d_k unit-variance terms has standard deviation sqrt(d_k); dividing brings it back to 1. Without
-    # this, softmax saturates for large d_k: one weight close to 1, the others close to 0, and hardly any gradient.
+    # A dot product of d_k independent unit-variance terms has standard deviation sqrt(d_k); dividing restores 1.
+    # Without this, softmax saturates for large d_k: one weight near 1, the others near 0, and hardly any gradient.
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                # (..., T_q, T_k)
-    if mask is not None:  # a large negative number instead of -inf: softmax over a row of -inf is 0 / 0 = NaN
+    if mask is not None:  # a large negative number instead of -inf: softmax over a row of only -inf is 0 / 0 = NaN
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    # softmax: the keys compete, each row sums to 1. sigmoid: each key is gated independently (see counting.py).
+    # softmax: the keys compete, each row sums to 1. sigmoid: each key gets its own gate (see counting.py).
     weights = scores.softmax(dim=-1) if activation == "softmax" else scores.sigmoid()
-    if mask is not None:  # changes only rows in which everything is masked
+    if mask is not None:  # matters only for rows with everything masked
         weights = weights.masked_fill(~mask, 0.0)
     return weights @ v, weights if need_weights else None                   # (..., T_q, d_v), (..., T_q, T_k)
 
@@ -64,9 +65,9 @@ def attention(q, k, v, mask=None, activation="softmax", need_weights=True):
 # ----------------------------------------------------------------------------------------------------------------------
 # A dictionary that learns how to compare
 #
-# Each query is one of the keys, rotated by an unknown rotation and with noise added, so the raw dot product of query
-# and key is meaningless. Two linear maps, the query and key projections of every Transformer, are trained to undo the
-# rotation. Every batch has new random keys, so the model cannot memorize keys: it has to learn how to compare.
+# Each query is one of the keys, rotated by an unknown rotation, plus noise, so the raw dot product of query and key is
+# meaningless. Two linear maps, like a Transformer's query and key projections, are trained to undo the rotation. Every
+# batch has new random keys, so the model cannot memorize keys: it has to learn how to compare.
 
 
 class DifferentiableDictionary(nn.Module):
@@ -82,7 +83,7 @@ class DifferentiableDictionary(nn.Module):
 
 
 def make_lookups(batch_size, n_keys, rotation, noise):
-    """Random keys and queries, (B, n_keys, d_model) each, and the index of the key of each query, (B, n_keys)."""
+    """Random keys and queries, (B, n_keys, d_model) each, and the index of each query's key, (B, n_keys)."""
     key = torch.randn(batch_size, n_keys, len(rotation), device=rotation.device)
     target = torch.rand(batch_size, n_keys, device=rotation.device).argsort(dim=1)          # a permutation of the keys
     query = key.gather(1, target.unsqueeze(-1).expand_as(key)) @ rotation
@@ -120,7 +121,7 @@ def benchmark(args):
                 start = time.perf_counter()
                 output, _ = attention(q, k, v, need_weights=name == "explicit")
                 output.sum().backward()
-                getattr(torch, args.device).synchronize()  # a GPU returns before it has finished
+                getattr(torch, args.device).synchronize()  # GPU calls return before the work is done
                 runs.append(1e3 * (time.perf_counter() - start))
             times[name].append(statistics.median(runs[1:]))  # the first run is a warm-up
             memory[name].append(saved_for_backward(q, k, v, name == "explicit") / 2 ** 20)
@@ -131,9 +132,9 @@ def benchmark(args):
         axis.loglog(lengths, values["explicit"], "o-", label="explicit")
         axis.loglog(lengths, values["fused"], "s-", label="fused")
         axis.loglog(lengths, [2 * values["explicit"][-1] * (T / 4096) ** 2 for T in lengths], "--", color="grey",
-                    label="slope of $T^2$")
+                    label=r"$\propto T^2$")
         axis.loglog(lengths, [values["fused"][-1] / 2 * T / 4096 for T in lengths], ":", color="grey",
-                    label="slope of $T$")
+                    label=r"$\propto T$")
         axis.set(title=title, xlabel="sequence length T", xticks=lengths, xticklabels=lengths)
         axis.minorticks_off()
         axis.legend()
@@ -169,7 +170,7 @@ def plot_attention(weights, x_labels, y_labels, path, titles=None, columns=2, x_
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(x_name, fontsize=9)
         axis.set_ylabel(y_name, fontsize=9)
-        # parse_math=False: a label with two dollar signs is not a formula
+        # parse_math=False: do not typeset $...$ in labels as math
         axis.set_xticks(range(T_k), x, rotation=90 if longest_x > 2 else 0, fontsize=8, parse_math=False)
         axis.set_yticks(range(T_q), y, fontsize=8, parse_math=False)
     figure.colorbar(image, ax=axes, label="attention weight")
@@ -234,7 +235,7 @@ if __name__ == "__main__":
         print(f"result: speedup={speedup:.2f} memory_ratio={memory_ratio:.1f} seconds={seconds:.1f}")
         sys.exit()
 
-    # The worked example, for three queries at once. The second query is similar to no key and gets the plain mean.
+    # The worked example, for three queries at once. The second is zero, so all scores tie and it gets the plain mean.
     torch.set_printoptions(precision=2, sci_mode=False)
     query = torch.tensor([[2., 0, 2, 0], [0, 0, 0, 0], [0, 4, 0, 2]])      # (3, 4)
     key = torch.tensor([[1., 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]])        # (3, 4)
@@ -242,7 +243,7 @@ if __name__ == "__main__":
     print("scores / sqrt(d_k) = query @ key.T / sqrt(4):", query @ key.T / math.sqrt(4), sep="\n")
     output, weights = attention(query, key, value)
     print("weights = softmax of each row:", weights, "output = weights @ value:", output, sep="\n")
-    # A causal mask: query i may attend to keys 0 ... i, so the last query is the only one that sees all keys.
+    # A causal mask (no looking ahead): query i may attend to keys 0 ... i.
     output, weights = attention(query, key, value, mask=torch.ones(3, 3, dtype=torch.bool).tril())
     print("weights with a causal mask:", weights, sep="\n", end="\n\n")
 

@@ -30,13 +30,13 @@ from torch import nn
 from attention import attention, parse_args, plot_attention, positive
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The model. B sequences of T digits, V different digits, and L, the greatest length and therefore the greatest count.
+# The model. B sequences of T digits out of V different ones. L is the greatest length, and so the greatest count.
 
 
 class CountingModel(nn.Module):
     """One-hot digits (B, T, V) -> logits for the counts 0 ... L of each digit (B, V, L+1), and the weights (B, V, T).
 
-    Any T from 1 to L = sequence_length. There are no position embeddings, so the order of the digits has no effect.
+    T may be 1 to L = sequence_length. The layer does not see positions, so the order of the digits has no effect.
     """
 
     def __init__(self, vocab_size, sequence_length, hidden, activation="sigmoid"):
@@ -58,11 +58,11 @@ class CountingModel(nn.Module):
 
 
 def make_sequences(n, length, vocab_size, device="cpu"):
-    """Random digits (n, length) such that all combinations of counts are equally frequent.
+    """Random digits (n, length) such that all combinations of counts are equally likely.
 
     With uniform digits, ten equal digits occur once in 3^9 = 19,683 sequences, too rarely to learn a count of 10. So
     every sequence first draws its own digit probabilities, from the Dirichlet distribution under which all probability
-    vectors are equally likely. Every run prints three of its sequences.
+    vectors are equally likely.
     """
     probabilities = torch.distributions.Dirichlet(torch.ones(n, vocab_size, device=device)).sample()     # (n, V)
     return torch.multinomial(probabilities, length, replacement=True)      # (n, T)
@@ -92,19 +92,19 @@ def accuracy(model, digits, vocab_size):
 def train(args, activation, all_lengths=True, verbose=False):
     """Train a model on random sequences: half of each batch has length L, the other half a random length up to L.
 
-    Without `all_lengths` all sequences have length L. Then 3 zeros are 7 other digits, and a query may as well attend
+    Without `all_lengths` all sequences have length L. Then 3 zeros mean 7 other digits, and a query may as well attend
     to everything but its own digit. Several lengths rule that out.
     """
     V, L = args.vocab_size, args.sequence_length
     model = CountingModel(V, L, args.hidden, activation).to(args.device)
     # Occasionally all scores of a query become so negative that its sigmoids saturate at 0: no gradient, and that digit
-    # is never counted (try --seed 25 without weight decay). Decay of the keys shrinks the scores until it can learn.
+    # is never counted. Weight decay on the key layer shrinks the scores until gradients return.
     rest = [p for name, p in model.named_parameters() if not name.startswith("key.")]
     optimizer = torch.optim.Adam([{"params": model.key.parameters(), "weight_decay": 1e-3}, {"params": rest}], args.lr)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, cycle_momentum=False)
 
     for step in range(args.steps):
-        lengths = L, torch.randint(1, L + 1, ()).item() if all_lengths else L
+        lengths = (L, torch.randint(1, L + 1, ()).item() if all_lengths else L)
         digits = [make_sequences(args.batch_size, length, V, args.device) for length in lengths]
         x = [F.one_hot(half, V).float() for half in digits]                # 2 x (B, T, V)
         counts = torch.cat([half.sum(dim=1) for half in x]).long()         # (2B, V)
@@ -125,15 +125,16 @@ def train(args, activation, all_lengths=True, verbose=False):
 # ----------------------------------------------------------------------------------------------------------------------
 # What it has learned
 #
-# How does a count get through LayerNorm and a single linear layer? For the query for 0, the vector before LayerNorm is
+# How does a count get through LayerNorm and a single linear layer? If the query for 0 attends to 0s alone, the vector
+# before LayerNorm is
 #     query[0] + count * weight * value(0),
-# so as the count grows, it moves along a straight line in equal steps. LayerNorm (without its scale and bias) projects
-# the line onto a sphere. Its points become directions, at these angles to the first (the default run prints them):
+# so as the count grows, it moves along a straight line in equal steps. LayerNorm (without its scale and bias) gives all
+# these vectors the same length: points on a sphere, at these angles to the first (printed by the default run):
 #     count     0    1    2    3    4    5    6    7    8    9   10
 #     angle     0    7   18   36   64   92  111  122  129  134  137
-# The steps are no longer equal, but no two points coincide, and for every point of a sphere there is a linear function
-# with its maximum there. So one row of `out` for each count is enough: the row that fits best wins. A query that
-# attends to its own digit alone gives this arc for all sequences, whatever their other digits are.
+# The steps are no longer equal, but no two points coincide. Give `out` one row for each count, in the direction of its
+# point, all equally long: the closest row has the largest logit. The added query matters: without it, all these vectors
+# would have the same direction.
 
 
 @torch.no_grad()
@@ -152,7 +153,7 @@ def angles(model, other, length):
 
 @torch.no_grad()
 def show_counts(models, titles, digits, vocab_size, path):
-    """Print what each model counts in one sequence, a list of digits, and plot its attention weights."""
+    """Print each model's counts for one sequence and plot its weights: a good row is bright at its own digit only."""
     x = F.one_hot(torch.tensor([digits]), vocab_size).float().to(models[0].query.device)     # (1, T, V)
     true = [digits.count(digit) for digit in range(vocab_size)]
     weights, labels = [], []
@@ -169,21 +170,21 @@ def show_counts(models, titles, digits, vocab_size, path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Sigmoid or softmax?
 #
-# All lengths: softmax cannot count. Repeat a sequence twice, and every count doubles, while every weighted mean stays
-# the same. Nothing after it, neither the query that is added nor LayerNorm, depends on the length.
+# All lengths: softmax cannot count. Write a sequence twice in a row: every count doubles, and every weighted mean stays
+# the same. Nothing after attention, neither the added query nor LayerNorm, depends on the length.
 #
-# One length: the counts are not lost, since 3 of 10 is a proportion. But a linear readout of the mean cannot recover
-# them. Take sequences of 0s and 1s only. The more 0s, the more weight they get, under *both* queries, at the expense of
-# the 1s, because the weights sum to 1. Every logit is a linear function of this weight, and its slope is the same under
-# both queries, which share `value` and `out`. The query for 0 must move to higher counts as the 0s increase, so higher
-# counts need greater slopes. The query for 1 must move to lower counts, so higher counts need smaller slopes. Both at
+# One length: the counts are not lost, since 3 of 10 is a proportion. Without LayerNorm, however, a linear readout of
+# the mean cannot recover them. Take sequences of 0s and 1s only. The more 0s, the more weight w they get, under *both*
+# queries, because the weights sum to 1. Every logit is linear in w, with the same slope under both queries, which share
+# `value` and `out`. As w grows, logits with greater slopes overtake. The query for 0 must move to higher counts, so
+# these need greater slopes; the query for 1 must move to lower counts, so higher counts need smaller slopes. Both at
 # once is impossible. Under sigmoid, the query for 1 simply gives the 0s no weight.
-# LayerNorm leaves a way out, since it divides by the length of the vector, which is not linear: test_all.py writes down
-# softmax weights that count all 59,049 sequences. Training does not find them (see the table of --compare).
+# LayerNorm is not linear: it divides by the norm of the centered vector. With it, test_all.py constructs softmax
+# parameters that count all 3^10 = 59,049 sequences. In --compare, training does not find them.
 
 
 def compare(args, digits, n_seeds=3):
-    """Train both activations at one and at all lengths; returns their accuracy at length L, trained at all lengths."""
+    """Train both activations at one and at all lengths; return their accuracy at length L, trained at all lengths."""
     V, L = args.vocab_size, args.sequence_length
     print(f"fraction of the sequences with every count right, by their length; mean of {n_seeds} seeds")
     print(f"{'':9} {'trained at':>12} |", *(f"{length:5}" for length in range(1, L + 1)), f"| all right at length {L}")
@@ -214,8 +215,9 @@ if __name__ == "__main__":
     parser.add_argument("--vocab_size", type=positive(int), default=3, help="number of different digits")
     parser.add_argument("--sequence_length", type=positive(int), default=10, help="greatest length of a sequence")
     parser.add_argument("--hidden", type=positive(int), default=16, help="width of queries, keys and values")
-    parser.add_argument("--activation", choices=["sigmoid", "softmax"], default="sigmoid", help="scores to weights")
-    parser.add_argument("--lr", type=positive(float), default=0.03, help="highest learning rate")
+    parser.add_argument("--activation", choices=["sigmoid", "softmax"], default="sigmoid",
+                        help="turns scores into weights")
+    parser.add_argument("--lr", type=positive(float), default=0.03, help="peak learning rate")
     parser.add_argument("--steps", type=positive(int), default=1000, help="training steps")
     parser.add_argument("--batch_size", type=positive(int), default=128, help="sequences of each length in a step")
     modes = parser.add_mutually_exclusive_group()
