@@ -7,8 +7,8 @@ embeddings, so the model cannot see the order of the bits, only how many ones th
 
 - A string of length 10 is one of just 11 distinct inputs, so the accuracy on all 1,024 strings can be computed instead
   of estimated. Validation proves little: nearly every validation string is a training string in another order.
-- The difference of the two logits is a function f(c) of the number of ones c. To be right everywhere, f has to change
-  sign between all neighbouring counts: a sawtooth with 10 sign changes.
+- The difference of the two logits is a function f(c) of the number of ones c. To be right everywhere, it has to change
+  sign between all neighboring counts: a sawtooth with 10 sign changes.
 - Attention and pooling are weighted means, so a string and the same string written twice get the same logits. The
   doubled one always has even parity, so no model of this family computes parity for all lengths.
 
@@ -48,8 +48,7 @@ class SelfAttention(nn.Module):
         self.w_v = nn.Linear(d_model, d_model)
 
     def forward(self, x):                                                   # (B, T, d_model)
-        output, _ = attention(self.w_q(x), self.w_k(x), self.w_v(x))
-        return output                                                       # (B, T, d_model)
+        return attention(self.w_q(x), self.w_k(x), self.w_v(x))[0]          # (B, T, d_model)
 
 
 class MultiHeadSelfAttention(nn.Module):
@@ -65,8 +64,7 @@ class MultiHeadSelfAttention(nn.Module):
         self.w_o = nn.Linear(n_heads * d_model, d_model)
 
     def forward(self, x):                                                   # (B, T, d_model)
-        x = torch.cat([head(x) for head in self.heads], dim=-1)             # (B, T, n_heads * d_model)
-        return self.w_o(x)                                                  # (B, T, d_model)
+        return self.w_o(torch.cat([head(x) for head in self.heads], dim=-1))                # (B, T, d_model)
 
 
 class TransformerBlock(nn.Module):
@@ -82,8 +80,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x):                                                   # (B, T, d_model)
         x = x + self.attn(self.ln1(x))
-        x = x + self.mlp(self.ln2(x))
-        return x                                                            # (B, T, d_model)
+        return x + self.mlp(self.ln2(x))                                    # (B, T, d_model)
 
 
 class TransformerClassifier(nn.Module):
@@ -138,17 +135,15 @@ def exact_accuracy(model, seq_len):
 #
 # Without a block, mean pooling over LayerNormed embeddings is linear in the count c, and the classifier on top is a
 # network with one input and one hidden layer of n = d_model units: f(c) = k + sum over j of a_j SiLU(w_j c + b_j). How
-# often can it change sign? A ReLU adds one kink; SiLU(u) = u / (1 + e^-u) dips below zero before it rises: it can do
-# more.
-# Multiply f by all (1 + e^-u_j): this gives a sum of exponentials with polynomial coefficients, one for each subset of
-# the units, of degree 1 except one of degree 0. By Rolle's theorem such a sum has fewer real zeros than coefficients,
-# so f has at most 2^(n+1) - 2: that is 2, 6, 14, 30. 20 parameters (width 2) cannot get all strings right. Whether they
-# can pass 0.95 is open: that takes 6 sign changes, which the bound allows, but the search finds 5 (0.9453). Nor does
-# the bound exclude 10 sign changes for 32 parameters (width 3), where the search finds 7 (0.9893).
+# often can it change sign? A ReLU adds one kink; SiLU(u) = u / (1 + e^-u) dips below zero before it rises, so it can do
+# more. Multiply f by all (1 + e^-u_j): this gives a sum of exponentials with polynomial coefficients, one for each
+# subset of the units, of degree 1 except one of degree 0. By Rolle's theorem such a sum has fewer real zeros than
+# coefficients, so f has at most 2^(n+1) - 2: that is 2, 6, 14, 30. 20 parameters (width 2) cannot get all strings
+# right. Whether they can pass 0.95 is open: that takes 6 sign changes, which the bound allows, but the search finds 5
+# (0.9453). Nor does the bound exclude 10 sign changes for 32 parameters (width 3), where the search finds 7 (0.9893).
 
-WIDTHS = [1, 2, 3, 4, 5, 8]  # without a block
+WIDTHS = [2, 3, 4, 5, 8]  # without a block
 WITH_BLOCKS = {  # d_model, d_key, n_heads, mlp_factor, n_layers: number of seeds
-    (1, 1, 1, 1, 1): 4,
     (2, 1, 1, 1, 1): 256,
     (3, 1, 1, 1, 1): 64,
     (8, 4, 1, 1, 1): 16,
@@ -196,7 +191,7 @@ def search(width, seq_len, n_starts=1500, rounds=10, steps=400):
         u = torch.linspace(-1, 1, width, dtype=torch.double)
         model.token_embedding.weight.copy_(torch.stack([-u, u]))
         u = model.final_layer_norm(model.token_embedding.weight[1])         # (width,)
-        first.weight.copy_(torch.outer(w, u) / (u @ u).clamp_min(1e-9))     # times s u: w s (width 1: u is 0)
+        first.weight.copy_(torch.outer(w, u) / (u @ u))                     # times s u: w s
         first.bias.copy_(b)
         last.weight.copy_(torch.stack([-a / 2, a / 2]))                     # logit(odd) - logit(even) = f
         last.bias.copy_(torch.cat([-k / 2, k / 2]))
@@ -248,10 +243,8 @@ def sweep(args):
     print("d_model d_key n_heads mlp_factor n_layers | params accuracy sign_changes logits_apart")
     results = []
     for sizes in [(width, 1, 1, 1, 0) for width in WIDTHS] + list(WITH_BLOCKS):
-        if sizes in WITH_BLOCKS:
-            model = train_many(sizes, WITH_BLOCKS[sizes], args.seq_len, args.device)
-        else:
-            model = search(sizes[0], args.seq_len)
+        n_seeds = WITH_BLOCKS.get(sizes)
+        model = train_many(sizes, n_seeds, args.seq_len, args.device) if n_seeds else search(sizes[0], args.seq_len)
         params = sum(p.numel() for p in model.parameters())
         accuracy, apart = check_on_all_strings(model, args.seq_len)
         sign_changes = (logit_difference(model, args.seq_len) > 0).int().diff().abs().sum().item()
@@ -273,8 +266,10 @@ def sweep(args):
 
     smallest = []
     for threshold in (0.95, 1.0):
-        working = [result for result in results if result[1] >= threshold and result[2] not in WITH_BLOCKS]
-        params, _, sizes, model = min(working, key=lambda result: result[0])
+        working = [result for result in results[:len(WIDTHS)] if result[1] >= threshold]    # by increasing size
+        if not working:
+            sys.exit(f"no model without a block reaches {threshold}: try more starts in `search`")
+        params, _, sizes, model = working[0]
         path = os.path.join(args.out_dir, f"parity_{params}.pt")
         torch.save({"sizes": sizes, "weights": model.state_dict()}, path)
         print(f"saved {path}")
@@ -287,19 +282,9 @@ def sweep(args):
 # Figures
 
 
-def plot_sawtooth(axis, model, seq_len):
-    """f(c) against the number of ones."""
-    f = logit_difference(model, seq_len).tolist()                           # (T+1,)
-    axis.axhline(0, color="grey", linewidth=0.8)
-    axis.plot(range(0, seq_len + 1, 2), f[::2], "o", label="even: should be below 0")
-    axis.plot(range(1, seq_len + 1, 2), f[1::2], "^", label="odd: should be above 0")
-    axis.set(xlabel="number of ones c", ylabel="f(c) = logit(odd) - logit(even)")
-    axis.legend()
-
-
 @torch.no_grad()
 def plot_units(model, seq_len, path):
-    """Left: the terms of f(c) of a model without blocks. Right: their sum."""
+    """Left: the terms of f(c) of a model without blocks. Right: their sum, the sawtooth."""
     first, silu, last = model.classifier
     zero, one = model.final_layer_norm(model.token_embedding.weight)        # (d_model,) each
     c = torch.linspace(0, seq_len, 401)                                     # also between the integers
@@ -310,24 +295,13 @@ def plot_units(model, seq_len, path):
     left.set(title="each hidden unit (logarithmic beyond 1)", xlabel="number of ones c")
     left.set_yscale("symlog", linthresh=1)
     left.legend()
+    f = logit_difference(model, seq_len)                                    # (T+1,)
+    right.axhline(0, color="grey", linewidth=0.8)
     right.plot(c, units.sum(dim=1) + last.bias.diff(), color="lightgrey")
-    plot_sawtooth(right, model, seq_len)
-    right.set(title="their sum and a constant")
-    figure.savefig(path, dpi=100)
-    print(f"saved {path}")
-
-
-def plot_training(model, history, seq_len, path):
-    """Left: loss and accuracy during training. Right: the sawtooth that the model has learned."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    steps, losses, accuracies = zip(*history)
-    left.plot(steps, losses, label="training loss")
-    left.axhline(math.log(2), color="grey", linestyle=":", label="ln 2, uniform prediction")
-    left.plot(steps, accuracies, "--", label="accuracy on all strings")
-    left.set(title="training", xlabel="step", ylim=(-0.03, 1.08))
-    left.legend()
-    plot_sawtooth(right, model, seq_len)
-    right.set(title="the learned sawtooth")
+    right.plot(range(0, seq_len + 1, 2), f[::2], "o", label="even: should be below 0")
+    right.plot(range(1, seq_len + 1, 2), f[1::2], "^", label="odd: should be above 0")
+    right.set(title="their sum and a constant: f(c) = logit(odd) - logit(even)", xlabel="number of ones c")
+    right.legend()
     figure.savefig(path, dpi=100)
     print(f"saved {path}")
 
@@ -373,8 +347,8 @@ if __name__ == "__main__":
         sys.exit()
 
     x = torch.randint(2, (args.n_samples, args.seq_len))                    # (N, T)
-    y = (x.sum(dim=1) % 2).to(args.device)                                  # (N,)
     counts = x.sum(dim=1).to(args.device)                                   # (N,)
+    y = counts % 2                                                          # (N,)
     n_train = args.n_samples * 4 // 5
     sizes = args.d_model, args.d_key, args.n_heads, args.mlp_factor, args.n_layers
     model = TransformerClassifier(2, 2, *sizes).to(args.device)
@@ -388,21 +362,17 @@ if __name__ == "__main__":
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.9), weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, cycle_momentum=False)
     strings, _, _ = one_string_per_count(args.seq_len, args.device)         # (T+1, T)
-    history, n_low = [], 0
+    n_low = 0
     for step in range(args.steps):
-        rows = torch.arange(n_train, device=args.device)
-        if args.batch_size < n_train:
-            rows = torch.randint(n_train, (args.batch_size,), device=args.device)           # (B,)
+        rows = torch.randint(n_train, (args.batch_size,)) if args.batch_size < n_train else torch.arange(n_train)
         # model(x[rows]) up to rounding, but five times faster: the model cannot see order, so compute the logits once
         # for each count and look them up. (If you add positional embeddings, use model(x[rows]).)
         logits = model(strings)[counts[rows]]                               # (B, 2)
         loss = F.cross_entropy(logits, y[rows])
-        if step % 10 == 0:
-            history.append((step, loss.item(), exact_accuracy(model, args.seq_len)[0]))
         if step == 0:
             print(f"step 0: loss {loss:.4f}, uniform prediction ln 2 = {math.log(2):.4f}")
         elif step % 50 == 0:
-            print(f"step {step}: loss {loss:.4f}, accuracy on all strings {history[-1][2]:.4f}")
+            print(f"step {step}: loss {loss:.4f}, accuracy on all strings {exact_accuracy(model, args.seq_len)[0]:.4f}")
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -414,12 +384,10 @@ if __name__ == "__main__":
 
     accuracy_all, correct = exact_accuracy(model, args.seq_len)
     accuracy_val = correct[counts[n_train:].cpu()].float().mean().item()          # the count decides
-    history.append((step + 1, loss.item(), accuracy_all))
     print(f"step {step + 1}: loss {loss:.4f}, wrong counts of ones: {(~correct).nonzero().flatten().tolist()}")
     path = os.path.join(args.out_dir, "parity.pt")
     torch.save({"sizes": sizes, "weights": model.state_dict()}, path)
     print(f"saved {path}")
-    plot_training(model, history, args.seq_len, os.path.join(args.out_dir, "parity_training.png"))
     if args.n_layers > 0:
         plot_heads(model, args.seq_len, os.path.join(args.out_dir, "parity_heads.png"))
     print(f"result: accuracy_val={accuracy_val:.4f} accuracy_all={accuracy_all:.4f} params={n_params} "
