@@ -1042,7 +1042,7 @@ MISTAKES = [
     ("translate.py", "--line 209774", "--line 209774: toy has lines 1 to 209773"),
     ("translate.py", "--n_heads 3", "--n_heads 3 does not divide --d_model 64"),
     ("translate.py", "--plot", "--plot needs --line or --text"),
-    ("translate.py", "--resume --test", "--resume does not go with --test, --line or --text"),
+    ("translate.py", "--resume --line 7", "argument --line: not allowed with argument --resume"),
     ("translate.py", "--resume", "there is nothing to resume"),
     ("translate.py", "--data missing.tsv", "cannot read missing.tsv"),
     ("translate.py", "--data missing.tsv --test", "no weights for missing.tsv: train them with"),

@@ -2,11 +2,10 @@
 Translate German to English with the Transformer of "Attention Is All You Need": encoder, decoder, training, decoding.
 
 The encoder reads the German sentence. The decoder writes the English one token by token, and cross-attention lets each
-new token attend to the German ones. Everything is here: the model, byte-pair encoding, training with label smoothing,
-beam search with a cache, BLEU, attention heatmaps. There are two data sets. The toy language is a small German grammar
-in which der/den, not the word order, says who does what to whom. It trains in a minute, and as the right source word of
-every target word is known, we can measure how well each attention head aligns. Multi30k has 29,000 real sentence pairs.
-The weights of both are in assets/, so only the first two commands train. Weights in --out_dir take precedence.
+new token attend to the German ones. There are two data sets. The toy language is a small German grammar in which
+der/den, not the word order, says who does what to whom. It trains in a minute, and since the right source word of every
+target word is known, we can measure how well each attention head aligns. Multi30k has 29,000 real sentence pairs. The
+weights of both are in assets/, so only the first two commands train. Weights in --out_dir take precedence.
 
 $ python translate.py                                           # train on the toy language
 $ python translate.py --data multi30k                           # train on Multi30k
@@ -21,7 +20,6 @@ Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.037
 import argparse
 import collections
 import gzip
-import heapq
 import itertools
 import math
 import os
@@ -47,9 +45,9 @@ from attention import attention, download, parse_args, plot_attention, positive
 #                                                                     |
 #                memory (B, S, d_model) --.     +-- DecoderBlock -----|-----------------+
 #                        |                |     |             add & LayerNorm           |
-#    +-- EncoderBlock ---|-------------+  |     |           FeedForward                 |
+#    +-- EncoderBlock ---|-------------+  |     |           feed-forward                |
 #    |             add & LayerNorm     |  |     |             add & LayerNorm           |
-#    |           FeedForward           |  '------> cross-attention to the source        |
+#    |           feed-forward          |  '------> cross-attention to the source        |
 #    |             add & LayerNorm     |        |             add & LayerNorm           |
 #    |           self-attention        |        |     causal self-attention             |
 #    +-------------------|-------------+        +---------------------|-----------------+
@@ -58,8 +56,8 @@ from attention import attention, download, parse_args, plot_attention, positive
 #           src: German, EOS (B, S)                   tgt: BOS, English so far (B, T)
 #
 # Read it from bottom to top. "add": the output of a sublayer is added to its input (residual connection). There are two
-# differences from the paper: positions are learned instead of sinusoidal, and the FeedForward is twice as wide as the
-# model instead of four times.
+# differences from the paper: positions are learned instead of sinusoidal, and the feed-forward network is twice as wide
+# as the model instead of four times.
 
 PAD, BOS, EOS = 0, 1, 2     # padding, start of sentence, end of sentence
 MAX_LEN = 100               # number of positions
@@ -75,7 +73,6 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, d_model, n_heads):
         super().__init__()
-        assert d_model % n_heads == 0, f"{n_heads} heads do not divide d_model = {d_model}"
         self.n_heads = n_heads
         self.w_q = nn.Linear(d_model, d_model)
         self.w_k = nn.Linear(d_model, d_model)
@@ -100,20 +97,13 @@ class MultiHeadAttention(nn.Module):
         return self.w_o(output.transpose(1, 2).flatten(2)), weights        # (B, T, d_model), (B, H, T, S)
 
 
-class FeedForward(nn.Sequential):
-    """The position-wise feed-forward network (section 3.3). (B, T, d_model) -> (B, T, d_model)."""
-
-    def __init__(self, d_model):
-        super().__init__(nn.Linear(d_model, 2 * d_model), nn.ReLU(), nn.Linear(2 * d_model, d_model))
-
-
 class EncoderBlock(nn.Module):
     """Self-attention over all source tokens, then the feed-forward network. (B, S, d_model) -> (B, S, d_model)."""
 
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
         self.self_attention = MultiHeadAttention(d_model, n_heads)
-        self.feed_forward = FeedForward(d_model)
+        self.feed_forward = nn.Sequential(nn.Linear(d_model, 2 * d_model), nn.ReLU(), nn.Linear(2 * d_model, d_model))
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
@@ -134,7 +124,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.self_attention = MultiHeadAttention(d_model, n_heads)
         self.cross_attention = MultiHeadAttention(d_model, n_heads)
-        self.feed_forward = FeedForward(d_model)
+        self.feed_forward = nn.Sequential(nn.Linear(d_model, 2 * d_model), nn.ReLU(), nn.Linear(2 * d_model, d_model))
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
         self.norm3 = nn.LayerNorm(d_model)
@@ -215,11 +205,9 @@ class TransformerModel(nn.Module):
 #     Der Mann sieht den Hund.                      The man sees the dog.
 #     Den Mann sieht der Hund.                      The dog sees the man.
 #     Gestern hat die Ärztin einen Vogel gehört.    Yesterday the doctor heard a bird.
-#     Das junge Pferd kann morgen den Esel wecken.  The young horse can wake the donkey tomorrow.
 #
-# Every German sentence has exactly one translation, so translations can be compared word for word. An object comes
-# first only if it is masculine ("den", not "der"; in "Die Frau sieht das Kind" the articles do not tell who sees whom)
-# and the subject is definite ("Den Mann sieht ein Hund" sounds odd).
+# Every German sentence has exactly one translation: an object comes first only if it is masculine ("den", not "der"),
+# and only if the subject is definite ("Den Mann sieht ein Hund" sounds odd).
 
 N_TOY_LINES = 209_773  # the lines that --line accepts; the first 100,000 are used for training
 
@@ -234,10 +222,9 @@ ADJECTIVES = {kind: [entry.split() for entry in entries.split(", ")] for kind, e
     "person": "jung young, müd tired, klug clever, hungrig hungry, freundlich friendly",
     "animal": "alt old, jung young, klein small, groß big, hungrig hungry",
     "thing": "alt old, neu new, klein small, groß big, rot red, schwer heavy"}.items()}
-ARTICLES = {  # by gender and role: article and adjective ending, indefinite and definite
-    "m": {"subject": [("ein", "er"), ("der", "e")], "object": [("einen", "en"), ("den", "en")]},
-    "f": {"subject": [("eine", "e"), ("die", "e")], "object": [("eine", "e"), ("die", "e")]},
-    "n": {"subject": [("ein", "es"), ("das", "e")], "object": [("ein", "es"), ("das", "e")]}}
+ARTICLES = {  # of each gender: indefinite and definite article, each with the ending of an adjective
+    "m": [("ein", "er"), ("der", "e")], "f": [("eine", "e"), ("die", "e")], "n": [("ein", "es"), ("das", "e")],
+    "m object": [("einen", "en"), ("den", "en")]}  # only a masculine object differs from the subject
 VERBS = [line.split() for line in """\
     sieht        sehen         gesehen      see        sees        saw          person,animal  person,animal,thing
     hört         hören         gehört       hear       hears       heard        person,animal  person,animal
@@ -254,10 +241,7 @@ VERBS = [line.split() for line in """\
 
 
 def toy_pair(n):
-    """Line n (1 to N_TOY_LINES) of the toy language: a German sentence, its translation, and the word alignment.
-
-    The alignment lists, for every English word, the indices of its German words. The full stops are words, too.
-    """
+    """Line n: German, English, and for every English word (and the full stop) the indices of its German words."""
     draw = random.Random(n).random  # a sequence that is the same in every version of Python
 
     def pick(options):
@@ -267,7 +251,7 @@ def toy_pair(n):
     def noun_phrase(role, noun, kind, definite):
         """(slot, German word, English word) of the article, perhaps an adjective, and the noun."""
         german, gender, english = noun
-        article, ending = ARTICLES[gender][role][definite]
+        article, ending = ARTICLES.get(f"{gender} {role}", ARTICLES[gender])[definite]
         words = [(f"{role} noun", german, english)]
         if draw() < 0.4:
             stem, english = pick(ADJECTIVES[kind])
@@ -378,8 +362,7 @@ def merge(tokens, pair, token):
 def learn_merges(texts, n_merges):
     """The first `n_merges` pairs to merge, in order. Stops early when no pair occurs twice.
 
-    Each distinct word is stored once, with its frequency. A merge updates only the counts of the words that contain
-    the pair, since counting all pairs again each time would be slow.
+    Each distinct word is stored once. A merge updates only the counts of pairs in words that contain the merged pair.
     """
     frequency = collections.Counter(word for text in texts for word in WORD.findall(text))
     words = [([FIRST_BYTE + b for b in word.encode("utf-8", "surrogatepass")], n) for word, n in frequency.items()]
@@ -388,14 +371,9 @@ def learn_merges(texts, n_merges):
         for pair in zip(tokens, tokens[1:]):
             counts[pair] += n
             where[pair].add(i)
-    heap = [(-n, pair) for pair, n in counts.items()]                    # heapq pops the smallest
-    heapq.heapify(heap)
     merges = []
-    while heap and len(merges) < n_merges:
-        n, pair = heapq.heappop(heap)
-        if counts[pair] != -n or n > -2:        # an outdated entry, or a pair that occurs once
-            continue
-        changed = set()
+    while len(merges) < n_merges and (most := max(counts.values(), default=0)) > 1:
+        pair = min(pair for pair, n in counts.items() if n == most)      # the smallest of the most frequent pairs
         for i in where.pop(pair):
             old, n = words[i]
             new = merge(old, pair, FIRST_BYTE + 256 + len(merges))
@@ -404,9 +382,6 @@ def learn_merges(texts, n_merges):
                 for p in zip(tokens, tokens[1:]):
                     counts[p] += change
                     where[p].add(i)
-                    changed.add(p)
-        for p in changed:
-            heapq.heappush(heap, (-counts[p], p))
         merges.append(pair)
     return merges
 
@@ -415,10 +390,9 @@ class Tokenizer:
     """Text to tokens and back, lossless for every str. `merges` is a list of pairs of tokens, in order."""
 
     def __init__(self, merges):
-        self.merges = [tuple(pair) for pair in merges]
-        self.rank = {pair: n for n, pair in enumerate(self.merges)}
+        self.merged = {tuple(pair): FIRST_BYTE + 256 + n for n, pair in enumerate(merges)}  # the token of each pair
         self.pieces = [b""] * FIRST_BYTE + [bytes([b]) for b in range(256)]                # the bytes of each token
-        for left, right in self.merges:
+        for left, right in merges:
             self.pieces.append(self.pieces[left] + self.pieces[right])
         self.encoded = {}                                                # words seen before, with their tokens
 
@@ -428,9 +402,9 @@ class Tokenizer:
         for word in words:
             if word not in self.encoded:
                 tokens = [FIRST_BYTE + b for b in word.encode("utf-8", "surrogatepass")]
-                while pairs := [pair for pair in zip(tokens, tokens[1:]) if pair in self.rank]:
-                    pair = min(pairs, key=self.rank.get)
-                    tokens = merge(tokens, pair, FIRST_BYTE + 256 + self.rank[pair])
+                while pairs := [pair for pair in zip(tokens, tokens[1:]) if pair in self.merged]:
+                    first = min(pairs, key=self.merged.get)
+                    tokens = merge(tokens, first, self.merged[first])
                 self.encoded[word] = tokens
         return [token for word in words for token in self.encoded[word]]
 
@@ -481,7 +455,7 @@ def batch_loss(model, examples, device, label_smoothing=0.0):
     """
     src, tgt = (pad(side, device) for side in zip(*examples))            # (B, S), (B, T + 1)
     logits, _ = model(src, tgt[:, :-1], need_weights=False)              # (B, T, vocab_size)
-    return F.cross_entropy(logits.float().flatten(0, 1), tgt[:, 1:].flatten(), ignore_index=PAD, reduction="sum",
+    return F.cross_entropy(logits.flatten(0, 1), tgt[:, 1:].flatten(), ignore_index=PAD, reduction="sum",
                            label_smoothing=label_smoothing)
 
 
@@ -503,7 +477,7 @@ def learning_rate(step, steps, peak):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Decoding
+# Decoding, and BLEU, the score of translations
 @torch.no_grad()
 def beam_search(model, src, beam, length_penalty=1.0):
     """The best translation found for each sentence of src (B, S): tokens (B, T) up to EOS (or max_len), then PAD.
@@ -519,30 +493,29 @@ def beam_search(model, src, beam, length_penalty=1.0):
     best are those with the highest score / length ** length_penalty: every token lowers the score, so without the
     division short translations would win. beam = 1 is greedy decoding.
     """
-    memory, src_mask = model.encode(src)
-    (B, _), K, cache = src.shape, 1, {}                                  # K hypotheses per sentence: 1, then `beam`
-    tokens = torch.full((B, 1), BOS, device=src.device)                  # (B * K, 1 + T)
-    scores = torch.zeros(B, 1, device=src.device)                        # (B, K) sums of log probabilities
+    B, cache = len(src), {}
+    memory, src_mask = (x.repeat_interleave(beam, dim=0) for x in model.encode(src))       # (B * beam, S, d_model)
+    tokens = torch.full((B * beam, 1), BOS, device=src.device)           # (B * beam, 1 + T)
+    scores = torch.full((B, beam), -math.inf, device=src.device)         # (B, beam) sums of log probabilities
+    scores[:, 0] = 0.0                          # at first all hypotheses are equal, so only one of them counts
     lengths, ended = torch.zeros_like(scores), torch.zeros_like(scores, dtype=torch.bool)
     while tokens.size(1) < model.max_len and not ended.all():
         logits, _ = model.decode(tokens[:, -1:], memory, src_mask, cache)
-        log_probs = logits.float().log_softmax(dim=-1).view(B, K, -1)    # (B, K, vocab_size)
+        log_probs = logits.log_softmax(dim=-1).view(B, beam, -1)         # (B, beam, vocab_size)
         log_probs[..., PAD] = -math.inf
         log_probs[ended] = -math.inf            # after its end a hypothesis is extended by padding only, at no cost
         log_probs[..., PAD][ended] = 0.0
         lengths = lengths + ~ended
-        extended = scores.unsqueeze(-1) + log_probs                      # (B, K, vocab_size)
-        ranking = (extended / lengths.unsqueeze(-1) ** length_penalty).flatten(1)        # (B, K * vocab_size)
-        best = ranking.topk(min(beam, ranking.size(1))).indices          # (B, beam)
+        extended = scores.unsqueeze(-1) + log_probs                      # (B, beam, vocab_size)
+        best = (extended / lengths.unsqueeze(-1) ** length_penalty).flatten(1).topk(beam).indices           # (B, beam)
         parent, token = best // log_probs.size(-1), best % log_probs.size(-1)
         scores, lengths = extended.flatten(1).gather(1, best), lengths.gather(1, parent)
         ended = ended.gather(1, parent) | (token == EOS)
-        rows = (K * torch.arange(B, device=src.device).unsqueeze(1) + parent).flatten()    # (B * beam,) their parents
+        rows = (beam * torch.arange(B, device=src.device).unsqueeze(1) + parent).flatten()
+        # row i continues the old row rows[i], so it takes over its tokens and its cache (the source stays the same)
         tokens = torch.cat([tokens[rows], token.view(-1, 1)], dim=1)
-        if beam > 1:  # row i continues the old row rows[i], so it takes over its cache
-            memory, src_mask, K = memory[rows], src_mask[rows], best.size(1)
-            cache = {module: (key[rows], value[rows]) for module, (key, value) in cache.items()}
-    return tokens.view(B, K, -1)[:, 0, 1:]
+        cache = {module: (key[rows], value[rows]) for module, (key, value) in cache.items()}
+    return tokens.view(B, beam, -1)[:, 0, 1:]
 
 
 def translate(model, tokenizer, sentences, beam):
@@ -561,12 +534,9 @@ def translate(model, tokenizer, sentences, beam):
     return translations
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# BLEU
 def bleu_words(text):
     """Split a text into words and punctuation marks as mteval-v13a, the standard script, does."""
-    for entity, sign in {"<skipped>": "", "-\n": "", "\n": " ", "&quot;": '"', "&amp;": "&", "&lt;": "<",
-                         "&gt;": ">"}.items():
+    for entity, sign in ("<skipped>", ""), ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"):
         text = text.replace(entity, sign)
     text = re.sub(r"([!-&(-+/:-@[-`{-~])", r" \1 ", f" {text} ")         # all punctuation but ' , - .
     text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)                    # . and , unless they follow a digit
@@ -580,10 +550,10 @@ def bleu(translations, references):
     The geometric mean of the n-gram precisions, n = 1 to 4 (the fraction of the n-grams in the translations that also
     occur in the reference), reduced if the translations are shorter than the references.
     """
-    matches, totals, length, reference_length = [0] * 4, [0] * 4, 0, 0
+    matches, totals, reference_length = [0] * 4, [0] * 4, 0              # of n = 1 to 4
     for translation, reference in zip(translations, references):
         words, reference_words = bleu_words(translation), bleu_words(reference)
-        length, reference_length = length + len(words), reference_length + len(reference_words)
+        reference_length += len(reference_words)
         for n in range(1, 5):
             ours, theirs = (collections.Counter(zip(*[w[i:] for i in range(n)])) for w in (words, reference_words))
             matches[n - 1] += (ours & theirs).total()
@@ -594,7 +564,7 @@ def bleu(translations, references):
     for match, total in zip(matches, totals):
         n_zeros += match == 0                   # smoothing: the first n without a match counts 1/2, the next 1/4, ...
         log_precision += math.log((match or 0.5 ** n_zeros) / total) / 4
-    return 100 * math.exp(log_precision + min(0.0, 1 - reference_length / length))
+    return 100 * math.exp(log_precision + min(0.0, 1 - reference_length / totals[0]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -603,11 +573,10 @@ def bleu(translations, references):
 def alignment_accuracy(model, tokenizer, lines):
     """How often does each head attend most to the right source word, on lines of the toy language? One token per word.
 
-    The model reads the reference translation. For the input "<bos> The man", row 0 of the weights *produces* "The" and
-    row 1 *consumes* it. Both rows can be read as the alignment of "The" (Chen et al. 2020, arXiv:2004.14837). Returns
-    the fraction of target words whose most attended source word, without <eos>, is right (for "saw": "hat" or
-    "gesehen"), (2, n_dec_layers, H). Two baselines: a random source word (chance) and the word at the same position
-    (diagonal). Full stops are not counted.
+    For the input "<bos> The man", row 0 of the weights *produces* "The" and row 1 *consumes* it. Both can be read as
+    the alignment of "The" (Chen et al. 2020, arXiv:2004.14837). Returns the fraction of target words, without full
+    stops, whose most attended source word, without <eos>, is right (for "saw": "hat" or "gesehen"), (2, n_dec_layers,
+    H), and two baselines: a random source word (chance) and the word at the same position (diagonal).
     """
     device, hits, chance, diagonal, n_words = model.token_embedding.weight.device, 0, 0, 0, 0
     for german, english, alignment in lines:
@@ -631,8 +600,8 @@ def plot_cross_attention(model, tokenizer, sentence, beam, path):
     tokens = beam_search(model, src, beam)
     tokens = tokens[:, tokens[0] != PAD]                                 # (1, T)
     _, weights = model(src, F.pad(tokens, (1, 0), value=BOS)[:, :-1])    # (1, H, T, S)
-    labels = [["<eos>" if token == EOS else tokenizer.pieces[token].decode("utf-8", "replace").replace(" ", "_")
-               for token in row] for row in (src[0].tolist(), tokens[0].tolist())]
+    labels = [["<eos>" if token == EOS else tokenizer.decode([token]).replace(" ", "_") for token in row]
+              for row in (src[0].tolist(), tokens[0].tolist())]
     plot_attention(weights[0], *labels, path, x_name="source token", y_name="produced token")
 
 
@@ -651,17 +620,17 @@ def load_model(data, out_dir, device):
 
 
 def score(model, tokenizer, pairs, beam):
-    """Translate the German sentences: the fraction of exact matches, and BLEU."""
+    """Translate the German sentences and report the fraction of exact matches and BLEU."""
     german, english = zip(*pairs)
     translations = translate(model, tokenizer, german, beam)
-    return sum(map(str.__eq__, translations, english)) / len(english), bleu(translations, english)
+    exact = sum(map(str.__eq__, translations, english)) / len(english)
+    return f"exact={exact:.4f} bleu={bleu(translations, english):.2f}"
 
 
 def test(args):
     """Score the test part. On the toy language, also measure how well every head aligns, and plot it."""
     model, tokenizer = load_model(args.data, args.out_dir, args.device)
-    exact, bleu_score = score(model, tokenizer, load_pairs(args.data, "test"), args.beam)
-    result = f"exact={exact:.4f} bleu={bleu_score:.2f}"
+    result = score(model, tokenizer, load_pairs(args.data, "test"), args.beam)
     if args.data == "toy":
         val_accuracy, _, _ = alignment_accuracy(model, tokenizer, toy_lines("val", 10_000))
         accuracy, chance, diagonal = alignment_accuracy(model, tokenizer, toy_lines("test", 30_000))
@@ -685,8 +654,7 @@ def test(args):
 def translate_texts(args):
     """Translate the sentences of --line or --text, print the translations, and plot the attention with --plot."""
     if args.line is None:
-        texts = [[line.rstrip("\n") for line in sys.stdin] if text == "-" else [text] for text in args.text]
-        sentences = list(itertools.chain(*texts))
+        sentences = [line.rstrip("\n") for line in sys.stdin] if args.text == ["-"] else args.text
     else:
         pairs = [] if args.data == "toy" else load_pairs(args.data, "test" if args.data == "multi30k" else "all")
         n_lines = len(pairs) or N_TOY_LINES
@@ -722,11 +690,12 @@ if __name__ == "__main__":
     parser.add_argument("--data", help="toy, multi30k, or a text file with English, a tab and German on every line "
                         "(default: toy; multi30k with --text)")
     parser.add_argument("--test", action="store_true", help="do not train: score the test part (or translate --line)")
-    parser.add_argument("--line", type=int, help="do not train: translate this line of the data, counted from 1")
-    parser.add_argument("--text", nargs="+", help="do not train: translate these texts; - reads lines from stdin")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--line", type=int, help="do not train: translate this line of the data, counted from 1")
+    mode.add_argument("--text", nargs="+", help="do not train: translate these texts; - reads lines from stdin")
+    mode.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--plot", action="store_true", help="with --line or --text: plot the cross-attention")
     parser.add_argument("--beam", type=positive(int), default=5, help="hypotheses in beam search; 1 is greedy")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     for name, (kind, toy, other, text) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (toy {toy}, else {other})")
     args = parse_args(parser)
@@ -735,12 +704,8 @@ if __name__ == "__main__":
         vars(args).setdefault(name, toy if args.data == "toy" else other)
     if args.d_model % args.n_heads:
         parser.error(f"--n_heads {args.n_heads} does not divide --d_model {args.d_model}")
-    if args.text and (args.test or args.line is not None):
-        parser.error("--text does not go with --test or --line")
     if args.plot and args.line is None and not args.text:
         parser.error("--plot needs --line or --text")
-    if args.resume and (args.test or args.line is not None or args.text):
-        parser.error("--resume does not go with --test, --line or --text")
     if args.line is not None or args.text:
         sys.exit(translate_texts(args))
     if args.test:
@@ -754,9 +719,8 @@ if __name__ == "__main__":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
 
-    # The checkpoint holds an unfinished run. At the end, the weights replace it.
     weights_path = os.path.join(args.out_dir, f"translate_{os.path.basename(args.data)}.pt")
-    checkpoint_path = os.path.join(args.out_dir, f"translate_{os.path.basename(args.data)}_checkpoint.pt")
+    checkpoint_path = weights_path + ".checkpoint"  # an unfinished run; at the end, the weights replace it
     if args.resume and not os.path.exists(checkpoint_path):
         sys.exit(f"there is nothing to resume: {checkpoint_path} does not exist")
     if not args.resume and os.path.exists(checkpoint_path):
@@ -765,12 +729,7 @@ if __name__ == "__main__":
     train_pairs, val_pairs = load_pairs(args.data, "train"), load_pairs(args.data, "val")
     settings = {name: getattr(args, name) for name in ("data", "seed", *OPTIONS)}
     settings.update({"checksum of the data": zlib.crc32(repr(train_pairs).encode()), "processes": world_size})
-    checkpoint = None
-    if args.resume:
-        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-        if checkpoint["settings"] != settings:
-            sys.exit(f"cannot resume: {checkpoint_path} was made with {checkpoint['settings']}, not {settings}")
-    merges = checkpoint["merges"] if checkpoint else learn_merges(itertools.chain(*train_pairs), args.merges)
+    merges = learn_merges(itertools.chain(*train_pairs), args.merges)
     tokenizer = Tokenizer(merges)
     train_pairs, val_pairs = ([pair for pair in pairs if max(len(tokenizer.encode(text)) for text in pair) < MAX_LEN]
                               for pairs in (train_pairs, val_pairs))     # without sentences that are too long
@@ -779,13 +738,16 @@ if __name__ == "__main__":
     sizes = len(tokenizer.pieces), MAX_LEN, args.d_model, args.n_heads, args.n_enc_layers, args.n_dec_layers
     model = TransformerModel(*sizes, args.dropout).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
-    first_step = checkpoint["step"] if checkpoint else 0
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    n_params = sum(p.numel() for p in model.parameters())
+    n_params, first_step = sum(p.numel() for p in model.parameters()), 0
     if rank == 0:
         print(f"{n_params:,} parameters, {len(examples):,} pairs to train on, {len(val_examples):,} to validate")
+    if args.resume:
+        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        if checkpoint["settings"] != settings:
+            sys.exit(f"cannot resume: {checkpoint_path} was made with {checkpoint['settings']}, not {settings}")
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        first_step = checkpoint["step"]
 
     net = model if world_size == 1 else nn.parallel.DistributedDataParallel(model)
     batches = itertools.islice(make_batches(examples, args.batch_tokens, args.seed), first_step, None)
@@ -797,9 +759,8 @@ if __name__ == "__main__":
             continue                                                     # every process needs a sentence
         batch = [examples[i] for i in indices[rank::world_size]]
         n_targets = sum(len(examples[i][1]) - 1 for i in indices)        # of all processes
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-            # the gradients should be added, but DistributedDataParallel averages them, hence the factor
-            loss = batch_loss(net, batch, args.device, label_smoothing=0.1) / n_targets * world_size
+        # the gradients should be added, but DistributedDataParallel averages them, hence the factor
+        loss = batch_loss(net, batch, args.device, label_smoothing=0.1) / n_targets * world_size
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
         optimizer.zero_grad()
@@ -815,7 +776,7 @@ if __name__ == "__main__":
             print("   ", *translate(model, tokenizer, [val_pairs[0][0]], args.beam), flush=True)
             model.train()
             # written to a temporary file and renamed, so a kill at any moment leaves a complete checkpoint
-            torch.save({"settings": settings, "merges": merges, "step": step + 1, "model": model.state_dict(),
+            torch.save({"settings": settings, "step": step + 1, "model": model.state_dict(),
                         "optimizer": optimizer.state_dict()}, checkpoint_path + ".tmp")
             os.replace(checkpoint_path + ".tmp", checkpoint_path)
 
@@ -825,9 +786,7 @@ if __name__ == "__main__":
         weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
         torch.save({"sizes": sizes, "merges": merges, "weights": weights}, weights_path + ".tmp")
         os.replace(weights_path + ".tmp", weights_path)
-        if os.path.exists(checkpoint_path):
-            os.remove(checkpoint_path)
+        os.remove(checkpoint_path)
         print(f"saved {weights_path}")
-        exact, bleu_score = score(*load_model(args.data, args.out_dir, args.device), val_pairs, args.beam)
-        print(f"result: exact={exact:.4f} bleu={bleu_score:.2f} params={n_params} "
-              f"seconds={time.perf_counter() - start:.1f}")
+        result = score(*load_model(args.data, args.out_dir, args.device), val_pairs, args.beam)
+        print(f"result: {result} params={n_params} seconds={time.perf_counter() - start:.1f}")
