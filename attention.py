@@ -32,10 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention
-
-
 def attention(q, k, v, mask=None, activation="softmax", need_weights=True):
     """Scaled dot-product attention. Returns the output (..., T_q, d_v) and the weights (..., T_q, T_k).
 
@@ -68,8 +67,6 @@ def attention(q, k, v, mask=None, activation="softmax", need_weights=True):
 # Each query is one of the keys, rotated by an unknown rotation, plus noise, so the raw dot product of query and key is
 # meaningless. Two linear maps, like a Transformer's query and key projections, are trained to undo the rotation. Every
 # batch has new random keys, so the model cannot memorize keys: it has to learn how to compare.
-
-
 class DifferentiableDictionary(nn.Module):
     """Attention with learned projections: query (..., T_q, d_model), key (..., T_k, d_model), value (..., T_k, d_v)."""
 
@@ -92,8 +89,6 @@ def make_lookups(batch_size, n_keys, rotation, noise):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Benchmark: how time and memory grow with the sequence length T
-
-
 def saved_for_backward(q, k, v, need_weights):
     """Bytes that autograd keeps for the backward pass of `attention`, without q, k and v themselves."""
     storages = {}
@@ -146,8 +141,6 @@ def benchmark(args):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Shared with the other scripts, together with `attention`
-
-
 def plot_attention(weights, x_labels, y_labels, path, titles=None, columns=2, x_name="key", y_name="query"):
     """Save heatmaps of attention weights (T_q, T_k) or (n_panels, T_q, T_k), all on one color scale.
 

@@ -29,10 +29,9 @@ from torch import nn
 
 from attention import attention, parse_args, plot_attention, positive
 
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The model. B sequences of T digits out of V different ones. L is the greatest length, and so the greatest count.
-
-
 class CountingModel(nn.Module):
     """One-hot digits (B, T, V) -> logits for the counts 0 ... L of each digit (B, V, L+1), and the weights (B, V, T).
 
@@ -55,8 +54,6 @@ class CountingModel(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
-
-
 def make_sequences(n, length, vocab_size, device="cpu"):
     """Random digits (n, length) such that all combinations of counts are equally likely.
 
@@ -87,8 +84,6 @@ def accuracy(model, digits, vocab_size):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
-
-
 def train(args, activation, all_lengths=True, verbose=False):
     """Train a model on random sequences: half of each batch has length L, the other half a random length up to L.
 
@@ -135,8 +130,6 @@ def train(args, activation, all_lengths=True, verbose=False):
 # The steps are no longer equal, but no two points coincide. Give `out` one row for each count, in the direction of its
 # point, all equally long: the closest row has the largest logit. The added query matters: without it, all these vectors
 # would have the same direction.
-
-
 @torch.no_grad()
 def angles(model, other, length):
     """How far the normalized vector of the query for 0 turns as the count of 0s grows: angles in degrees (L+1,).
@@ -181,8 +174,6 @@ def show_counts(models, titles, digits, vocab_size, path):
 # once is impossible. Under sigmoid, the query for 1 simply gives the 0s no weight.
 # LayerNorm is not linear: it divides by the norm of the centered vector. With it, test_all.py constructs softmax
 # parameters that count all 3^10 = 59,049 sequences. In --compare, training does not find them.
-
-
 def compare(args, digits, n_seeds=3):
     """Train both activations at one and at all lengths; return their accuracy at length L, trained at all lengths."""
     V, L = args.vocab_size, args.sequence_length

@@ -3,12 +3,12 @@ Train a Transformer encoder to tell whether a bit string has an odd number of on
 
 Parity looks trivial but is hard to learn: flipping any single bit flips the label, so no proper subset of the bits
 carries information, and the loss sits at ln 2 for a hundred steps before anything happens. There are no positional
-embeddings, so the model cannot see the order of the bits, only how many ones there are. Three things follow:
+embeddings, so the model cannot see the order of the bits, only the fraction of ones. Three things follow:
 
-- A string of length 10 is one of just 11 distinct inputs, so the accuracy on all 1,024 strings can be computed instead
-  of estimated. Validation proves little: nearly every validation string is a training string in another order.
-- The difference of the two logits is a function f(c) of the number of ones c. To be right everywhere, it has to change
-  sign between all neighboring counts: a sawtooth with 10 sign changes.
+- To the model the 1,024 strings of length 10 are just 11 inputs, so the accuracy on all of them can be computed, not
+  estimated. Validation proves little: nearly every validation string is a training string in another order.
+- The difference of the two logits is a function f(c) of the number of ones c. To get all strings right, it must change
+  sign between any two neighboring counts: a sawtooth with 10 sign changes.
 - Attention and pooling are weighted means, so a string and the same string written twice get the same logits. The
   doubled one always has even parity, so no model of this family computes parity for all lengths.
 
@@ -17,7 +17,8 @@ $ python parity.py --d_model 16
 $ python parity.py --sweep        # how small can it get? 32 parameters pass 0.95, 46 get all 1,024 strings right
 
 The encoder of Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762, pre-norm as in Xiong
-et al. 2020 (https://arxiv.org/abs/2002.04745), SiLU for ReLU. Limits of attention: Hahn 2020, arXiv 1906.06755.
+et al. 2020 (https://arxiv.org/abs/2002.04745), with SiLU instead of ReLU. Limits of attention: Hahn 2020,
+https://arxiv.org/abs/1906.06755.
 """
 
 import argparse
@@ -34,10 +35,9 @@ from torch import nn
 
 from attention import attention, parse_args, plot_attention, positive
 
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
-
-
 class SelfAttention(nn.Module):
     """One head (Vaswani et al. 2017, section 3.2.1)."""
 
@@ -54,8 +54,7 @@ class SelfAttention(nn.Module):
 class MultiHeadSelfAttention(nn.Module):
     """Several heads in parallel, mixed by one linear map (section 3.2.2).
 
-    Each head is a module of its own, as in the formula, and returns d_model features. `nn.MultiheadAttention` computes
-    all heads in one matrix product, and each returns only d_model / n_heads features.
+    Each head returns d_model features, not d_model / n_heads as in the paper and in `nn.MultiheadAttention`.
     """
 
     def __init__(self, d_model, d_key, n_heads):
@@ -103,8 +102,6 @@ class TransformerClassifier(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data and accuracy
-
-
 def one_string_per_count(seq_len, device="cpu"):
     """Strings with 0 ... T ones (T+1, T), their parities (T+1,), and the fraction of all strings each stands for."""
     counts = torch.arange(seq_len + 1, device=device)                       # (T+1,)
@@ -114,24 +111,19 @@ def one_string_per_count(seq_len, device="cpu"):
 
 
 @torch.no_grad()
-def logit_difference(model, seq_len):
-    """f(c) = logit(odd) - logit(even) for strings with c = 0 ... T ones, (T+1,)."""
-    strings, _, _ = one_string_per_count(seq_len, next(model.parameters()).device)
-    return model(strings).diff(dim=1).squeeze(1).cpu()
-
-
 def exact_accuracy(model, seq_len):
-    """The accuracy on all 2^seq_len strings, and whether the model is right for strings with c ones, (T+1,)."""
-    _, parities, fractions = one_string_per_count(seq_len)
-    correct = (logit_difference(model, seq_len) > 0) == parities            # (T+1,)
-    return fractions[correct].sum().item(), correct
+    """The accuracy on all 2^T strings, which counts are right (T+1,), and f(c) = logit(odd) - logit(even) (T+1,)."""
+    strings, parities, fractions = one_string_per_count(seq_len, next(model.parameters()).device)
+    f = model(strings).diff(dim=1).squeeze(1)                               # (T+1,)
+    correct = (f > 0) == parities                                           # (T+1,)
+    return fractions[correct].sum().item(), correct.cpu(), f.cpu()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # How small can it get?
 #
 # Width 1 cannot work: LayerNorm over a single feature returns its bias for any input, so all strings get equal logits.
-# Everything else can be 1, so the smallest model with a block that can work has width 2 and 58 parameters.
+# So with a block the smallest candidate has width 2, everything else 1, and 58 parameters.
 #
 # Without a block, mean pooling over LayerNormed embeddings is linear in the count c, and the classifier on top is a
 # network with one input and one hidden layer of n = d_model units: f(c) = k + sum over j of a_j SiLU(w_j c + b_j). How
@@ -143,12 +135,8 @@ def exact_accuracy(model, seq_len):
 # (0.9453). Nor does the bound exclude 10 sign changes for 32 parameters (width 3), where the search finds 7 (0.9893).
 
 WIDTHS = [2, 3, 4, 5, 8]  # without a block
-WITH_BLOCKS = {  # d_model, d_key, n_heads, mlp_factor, n_layers: number of seeds
-    (2, 1, 1, 1, 1): 256,
-    (3, 1, 1, 1, 1): 64,
-    (8, 4, 1, 1, 1): 16,
-    (8, 8, 2, 4, 2): 4,
-}
+# with blocks: d_model, d_key, n_heads, mlp_factor, n_layers, and the number of seeds
+WITH_BLOCKS = {(2, 1, 1, 1, 1): 256, (3, 1, 1, 1, 1): 64, (8, 4, 1, 1, 1): 16, (8, 8, 2, 4, 2): 4}
 
 
 def search(width, seq_len, n_starts=1500, rounds=10, steps=400):
@@ -181,7 +169,7 @@ def search(width, seq_len, n_starts=1500, rounds=10, steps=400):
             optimizer.step()
             scheduler.step()
     accuracy = (fractions * (margins > 0.001)).sum(dim=1)                   # only logits that are clearly apart count
-    best = (accuracy + 1e-4 * margins.abs().amin(dim=1)).argmax()           # of equal ones, the furthest from zero
+    best = (accuracy + 1e-4 * margins.abs().amin(dim=1)).argmax()           # ties: the largest smallest margin
     w, b, a, k = (p.detach()[best] for p in (w, b, a, k))
 
     # Write f into the real model. Embeddings that are opposite after LayerNorm, -u for 0 and u for 1, have mean s u.
@@ -199,20 +187,17 @@ def search(width, seq_len, n_starts=1500, rounds=10, steps=400):
 
 
 def train_many(sizes, n_seeds, seq_len, device, steps=2000, lr=0.01):
-    """Train S = n_seeds models of these sizes side by side; returns the one with the most strings right.
-
-    This asks what can be learned, not what generalizes: it trains on all 2^T strings, as one weighted string per count.
-    """
+    """Train S = n_seeds models side by side on all 2^T strings, as one weighted string per count; returns the best."""
     strings, parities, fractions = one_string_per_count(seq_len, device)
     models = []
     for seed in range(n_seeds):
         torch.manual_seed(seed)
         models.append(TransformerClassifier(2, 2, *sizes).to(device))
         for p in models[-1].classifier[0].parameters():
-            p.data *= 10  # one more 1 in the string moves the mean by about 1 / T only, so let the classifier be steep
+            p.data *= 10  # one more 1 moves the mean by only about 1 / T, so start with a steep classifier
     weights, _ = torch.func.stack_module_state(models)                      # each (S, ...)
     forward = torch.func.vmap(lambda one: torch.func.functional_call(models[0], one, (strings,)))
-    optimizer = torch.optim.Adam(weights.values(), betas=(0.9, 0.95))       # elementwise: no model disturbs another
+    optimizer = torch.optim.Adam(weights.values(), betas=(0.9, 0.95))       # elementwise: the models stay independent
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=False)
     for _ in range(steps):
         margins = (2 * parities - 1) * forward(weights).diff(dim=-1).squeeze(-1)            # (S, T+1), > 0 is right
@@ -230,7 +215,7 @@ def train_many(sizes, n_seeds, seq_len, device, steps=2000, lr=0.01):
 
 
 def check_on_all_strings(model, seq_len):
-    """Accuracy on all 2^seq_len real strings in float64, and the smallest difference between the two logits."""
+    """Accuracy on all 2^T strings, in float64 against rounding, and the smallest difference between the two logits."""
     strings = torch.cartesian_prod(*[torch.arange(2)] * seq_len).view(-1, seq_len)          # (2^T, T)
     with torch.no_grad():
         logits = copy.deepcopy(model).double()(strings)                     # (2^T, 2)
@@ -247,14 +232,15 @@ def sweep(args):
         model = train_many(sizes, n_seeds, args.seq_len, args.device) if n_seeds else search(sizes[0], args.seq_len)
         params = sum(p.numel() for p in model.parameters())
         accuracy, apart = check_on_all_strings(model, args.seq_len)
-        sign_changes = (logit_difference(model, args.seq_len) > 0).int().diff().abs().sum().item()
+        sign_changes = (exact_accuracy(model, args.seq_len)[2] > 0).int().diff().abs().sum().item()
         print("{:7} {:5} {:7} {:10} {:8} |".format(*sizes),
               f"{params:6} {accuracy:8.4f} {sign_changes:12} {apart:12.2g}", flush=True)
         results.append((params, accuracy, sizes, model))
 
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     for label, style, chosen in (("no block", "s--", results[:len(WIDTHS)]), ("blocks", "o-", results[len(WIDTHS):])):
-        axis.semilogx([result[0] for result in chosen], [result[1] for result in chosen], style, label=label)
+        params, accuracies, *_ = zip(*chosen)
+        axis.semilogx(params, accuracies, style, label=label)
     axis.axhline(0.95, color="grey", linestyle=":", label="accuracy 0.95")
     axis.set_xticks([result[0] for result in results], [result[0] for result in results], rotation=90, fontsize=7)
     axis.minorticks_off()
@@ -280,8 +266,6 @@ def sweep(args):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures
-
-
 @torch.no_grad()
 def plot_units(model, seq_len, path):
     """Left: the terms of f(c) of a model without blocks. Right: their sum, the sawtooth."""
@@ -292,10 +276,10 @@ def plot_units(model, seq_len, path):
     units = silu(first(pooled)) * last.weight.diff(dim=0)                   # (401, d_model)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     left.plot(c, units, label=[f"$a_{j}$ SiLU($w_{j} c + b_{j}$)" for j in range(1, units.size(1) + 1)])
-    left.set(title="each hidden unit (logarithmic beyond 1)", xlabel="number of ones c")
+    left.set(title="each hidden unit (log scale beyond 1)", xlabel="number of ones c")
     left.set_yscale("symlog", linthresh=1)
     left.legend()
-    f = logit_difference(model, seq_len)                                    # (T+1,)
+    _, _, f = exact_accuracy(model, seq_len)                                # (T+1,)
     right.axhline(0, color="grey", linewidth=0.8)
     right.plot(c, units.sum(dim=1) + last.bias.diff(), color="lightgrey")
     right.plot(range(0, seq_len + 1, 2), f[::2], "o", label="even: should be below 0")
@@ -308,7 +292,7 @@ def plot_units(model, seq_len, path):
 
 @torch.no_grad()
 def plot_heads(model, seq_len, path):
-    """What two heads of the first two blocks attend to, in a string with a one in every third place."""
+    """Weights of the first two heads of the first two blocks, for a string in which every third bit is one."""
     string = (torch.arange(seq_len) % 3 == 1).long()                        # (T,)
     x = model.token_embedding(string.to(next(model.parameters()).device))   # (T, d_model)
     panels, titles = [], []
@@ -337,8 +321,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=positive(int), default=650, help="maximum number of training steps")
     parser.add_argument("--batch_size", type=positive(int), default=800, help="strings in each step")
     parser.add_argument("--weight_decay", type=float, default=0.0, help="weight decay of AdamW")
-    parser.add_argument("--sweep", action="store_true", help="find the smallest model instead (of the options above "
-                        "only --seq_len matters)")
+    parser.add_argument("--sweep", action="store_true", help="find the smallest model instead (uses only --seq_len)")
     args = parse_args(parser)
     torch.set_num_threads(1)  # threading overhead dominates at this size
     if args.sweep:
@@ -355,24 +338,24 @@ if __name__ == "__main__":
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{n_params:,} parameters, {n_train:,} strings to train on, {args.n_samples - n_train:,} to validate")
 
-    # Parity has a plateau: it is uncorrelated with every polynomial of the count of degree below T, so until the model
-    # zigzags, gradients are tiny. Small batches would drown them in noise, so every step takes all training strings.
-    # Adam's default beta2 = 0.999 averages squared gradients over about 1,000 steps. When the plateau ends, gradients
-    # grow tenfold within a few steps, that average lags behind, and the update overshoots. 0.9 adapts in ten steps.
+    # The plateau: parity is uncorrelated with all polynomials of the count of degree below T, so until f is a sawtooth,
+    # gradients are tiny, and small batches would drown them in noise: by default a step takes all training strings.
+    # When it ends, gradients grow tenfold within a few steps. Adam's default beta2 = 0.999 averages their squares over
+    # about 1,000 steps. This average lags behind, and the update overshoots. 0.9 adapts in ten steps.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.9), weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, cycle_momentum=False)
     strings, _, _ = one_string_per_count(args.seq_len, args.device)         # (T+1, T)
     n_low = 0
     for step in range(args.steps):
         rows = torch.randint(n_train, (args.batch_size,)) if args.batch_size < n_train else torch.arange(n_train)
-        # model(x[rows]) up to rounding, but five times faster: the model cannot see order, so compute the logits once
-        # for each count and look them up. (If you add positional embeddings, use model(x[rows]).)
+        # This is model(x[rows]) up to rounding, but five times faster: one forward pass for each count, then a lookup.
         logits = model(strings)[counts[rows]]                               # (B, 2)
         loss = F.cross_entropy(logits, y[rows])
         if step == 0:
             print(f"step 0: loss {loss:.4f}, uniform prediction ln 2 = {math.log(2):.4f}")
         elif step % 50 == 0:
-            print(f"step {step}: loss {loss:.4f}, accuracy on all strings {exact_accuracy(model, args.seq_len)[0]:.4f}")
+            accuracy_all, _, _ = exact_accuracy(model, args.seq_len)
+            print(f"step {step}: loss {loss:.4f}, accuracy on all strings {accuracy_all:.4f}")
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -382,8 +365,8 @@ if __name__ == "__main__":
         if n_low == 5:
             break
 
-    accuracy_all, correct = exact_accuracy(model, args.seq_len)
-    accuracy_val = correct[counts[n_train:].cpu()].float().mean().item()          # the count decides
+    accuracy_all, correct, _ = exact_accuracy(model, args.seq_len)
+    accuracy_val = correct[counts[n_train:].cpu()].float().mean().item()          # right if the count is
     print(f"step {step + 1}: loss {loss:.4f}, wrong counts of ones: {(~correct).nonzero().flatten().tolist()}")
     path = os.path.join(args.out_dir, "parity.pt")
     torch.save({"sizes": sizes, "weights": model.state_dict()}, path)

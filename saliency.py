@@ -32,10 +32,9 @@ from torch import nn
 
 from attention import download, parse_args, positive
 
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The Jacobian, and what it is good for. Images are (B, 3, H, W) with values in [0, 1].
-
-
 @torch.enable_grad()
 def calculate_jacobian(model, x, target):
     """Gradient (B, 3, H, W) of the loss with respect to the images x (B, 3, H, W), and the logits (B, n_classes).
@@ -96,8 +95,6 @@ def all_attacks(model, x, target, eps, steps):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The network, with torchvision's names, so that its ResNet-18 weights load
-
-
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a residual connection: (B, c_in, H, W) -> (B, c_out, H / stride, W / stride)."""
 
@@ -215,8 +212,6 @@ def make_images(n):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measures and figures
-
-
 @torch.no_grad()
 def predict(model, images):
     """Probabilities (B, n_classes)."""
