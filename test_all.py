@@ -29,7 +29,7 @@ import counting  # noqa: E402
 import parity  # noqa: E402
 import saliency  # noqa: E402
 import translate  # noqa: E402
-from attention import attention, download, plot_attention, positive  # noqa: E402
+from attention import attention, download  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -61,11 +61,21 @@ def result_of(output):
     return {key: float(value) for key, value in re.findall(r"(\w+)=(\S+)", output.splitlines()[-1])}
 
 
-def wild(module):
+def wild(module, std=0.5):
     """Give the module large random weights, biases included, so that no mistake hides behind a zero."""
     for p in module.parameters():
-        nn.init.normal_(p, std=0.5)
+        nn.init.normal_(p, std=std)
     return module
+
+
+def classifier(*sizes):
+    """A parity classifier in float64."""
+    return wild(parity.TransformerClassifier(2, 2, *sizes).double(), 2.0)
+
+
+def counter(*sizes):
+    """A counting model in float64."""
+    return wild(counting.CountingModel(*sizes).double(), 2.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -121,11 +131,6 @@ def test_softmax_keys_compete_and_sigmoid_keys_are_independent():
     assert torch.allclose(weights[:, :3], attention(q, k[:3], v[:3], activation="sigmoid")[1])
 
 
-def test_dividing_by_sqrt_d_k_gives_scores_of_standard_deviation_1():
-    q, k = torch.randn(300, 64), torch.randn(300, 64)
-    assert (q @ k.T).std() == pytest.approx(8, rel=0.05) and (q @ k.T / 8).std() == pytest.approx(1, rel=0.05)
-
-
 def test_the_mask_has_the_opposite_meaning_in_nn_multihead_attention():
     module = nn.MultiheadAttention(8, 1, bias=False)
     with torch.no_grad():
@@ -163,20 +168,6 @@ def test_the_fused_kernel_does_not_store_the_weights():
     assert explicit >= 4 * 4 * 512 * 512 and fused < explicit / 7
 
 
-def test_plot_attention_takes_one_panel_or_several_and_any_label(tmp_path):
-    plot_attention(torch.rand(3, 4), list("abcd"), ["$x$", "longer", ""], tmp_path / "one.png")
-    plot_attention(torch.rand(5, 2, 3), [1, 2, 3], [["a", "b"]] * 5, tmp_path / "five.png", columns=3)
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("one.png", "five.png"))
-
-
-@pytest.mark.parametrize("kind, text", [(int, "0"), (int, "-5"), (int, "1.5"), (float, "nan"), (float, "inf"),
-                                        (float, "0"), (float, "x")])
-def test_positive_accepts_positive_finite_numbers_only(kind, text):
-    assert positive(int)("3") == 3 and positive(float)("0.5") == 0.5
-    with pytest.raises(ValueError):
-        positive(kind)(text)
-
-
 def test_a_download_is_checked_written_once_and_reported_if_it_fails(tmp_path):
     source, path = tmp_path / "source", tmp_path / "data" / "file"
     source.write_bytes(b"content")
@@ -194,14 +185,6 @@ def test_a_download_is_checked_written_once_and_reported_if_it_fails(tmp_path):
 # parity.py
 
 
-def wild_classifier(*sizes):
-    """A classifier with large random weights, in float64."""
-    model = parity.TransformerClassifier(2, 2, *sizes).double()
-    for p in model.parameters():
-        nn.init.normal_(p, std=2.0)
-    return model
-
-
 def test_the_classes_have_the_shapes_and_parts_of_the_exercise():
     x = torch.randn(4, 10, 16)
     assert parity.SelfAttention(16, 8)(x).shape == (4, 10, 16)
@@ -214,10 +197,9 @@ def test_the_classes_have_the_shapes_and_parts_of_the_exercise():
     assert [name for name, _ in model.transformer_model[0].named_children()] == ["ln1", "attn", "ln2", "mlp"]
 
 
-@pytest.mark.parametrize("sizes, params", [((8, 8, 2, 4, 2), 2426), ((2, 1, 1, 1, 1), 58), ((4, 1, 1, 1, 0), 46),
-                                           ((3, 1, 1, 1, 0), 32), ((2, 1, 1, 1, 0), 20)])
-def test_parameter_counts(sizes, params):
-    assert sum(p.numel() for p in parity.TransformerClassifier(2, 2, *sizes).parameters()) == params
+def test_parameter_counts():
+    for sizes, params in {(8, 8, 2, 4, 2): 2426, (2, 1, 1, 1, 1): 58, (4, 1, 1, 1, 0): 46, (3, 1, 1, 1, 0): 32}.items():
+        assert sum(p.numel() for p in parity.TransformerClassifier(2, 2, *sizes).parameters()) == params
 
 
 @pytest.mark.parametrize("n_heads", [1, 2])
@@ -243,7 +225,7 @@ def test_the_block_equals_torch(n_heads):
 
 @pytest.mark.parametrize("n_layers", [0, 1, 3])
 def test_the_order_of_the_bits_is_invisible_and_so_is_a_repetition(n_layers):
-    model, strings = wild_classifier(8, 4, 2, 4, n_layers), torch.randint(2, (20, 9))
+    model, strings = classifier(8, 4, 2, 4, n_layers), torch.randint(2, (20, 9))
     assert torch.allclose(model(strings), model(strings[:, torch.randperm(9)]), atol=1e-8)
     assert torch.allclose(model(strings), model(torch.cat([strings, strings], dim=1)), atol=1e-8)
     assert (strings.sum(dim=1) % 2 == 1).any()                           # but the doubled string is always even
@@ -251,14 +233,14 @@ def test_the_order_of_the_bits_is_invisible_and_so_is_a_repetition(n_layers):
 
 @pytest.mark.parametrize("n_layers", [0, 1, 3])
 def test_width_1_cannot_work(n_layers):
-    model = wild_classifier(1, 1, 1, 1, n_layers)
+    model = classifier(1, 1, 1, 1, n_layers)
     strings, _, _ = parity.one_string_per_count(10)
     assert (model(strings) == model(strings)[0]).all() and parity.exact_accuracy(model, 10)[0] == 0.5
 
 
 @pytest.mark.parametrize("n_layers", [0, 2])
 def test_the_exact_accuracy_is_that_of_trying_all_strings(n_layers):
-    model = wild_classifier(8, 4, 2, 1, n_layers)
+    model = classifier(8, 4, 2, 1, n_layers)
     assert 0 < parity.exact_accuracy(model, 8)[0] < 1
     assert parity.exact_accuracy(model, 8)[0] == pytest.approx(parity.check_on_all_strings(model, 8)[0])
 
@@ -291,7 +273,7 @@ def test_a_sum_of_silus_times_its_denominators_has_the_terms_that_the_bound_coun
 
 
 def test_computing_the_logits_once_for_each_count_changes_nothing():
-    model, x = wild_classifier(8, 8, 2, 4, 2), torch.randint(2, (100, 10))
+    model, x = classifier(8, 8, 2, 4, 2), torch.randint(2, (100, 10))
     strings, _, _ = parity.one_string_per_count(10)
     assert torch.allclose(model(strings)[x.sum(dim=1)], model(x), atol=1e-8)
 
@@ -320,9 +302,10 @@ def test_a_short_training_learns_parity_and_repeats_itself(tmp_path):
 def test_the_sweep_saves_the_smallest_models_that_work(tmp_path, monkeypatch):
     with open(os.path.join(HERE, "parity.py"), encoding="utf-8") as file:
         source = file.read()
-    small = source.replace("WIDTHS = [2, 3, 4, 5, 8]", "WIDTHS = [2]").replace(": 256,", ": 1,")
-    small = re.sub(r"\n    \(\d, \d, \d, \d, [12]\): (?!1,).+", "", small).replace("steps=2000", "steps=5")
-    (tmp_path / "parity.py").write_text(small.replace("n_starts=1500, rounds=10", "n_starts=100, rounds=2"), "utf-8")
+    small = re.sub("WITH_BLOCKS = .*", "WITH_BLOCKS = {(2, 1, 1, 1, 1): 1}", source)
+    small = re.sub("WIDTHS = .*", "WIDTHS = [2]", small)
+    small = small.replace("steps=2000", "steps=5").replace("n_starts=1500, rounds=10", "n_starts=100, rounds=2")
+    (tmp_path / "parity.py").write_text(small, "utf-8")
     monkeypatch.syspath_prepend(HERE)
     _, output = run(tmp_path / "parity.py", "--sweep", "--seq_len", 4, "--out_dir", tmp_path)
     result = result_of(output)
@@ -334,17 +317,9 @@ def test_the_sweep_saves_the_smallest_models_that_work(tmp_path, monkeypatch):
 # counting.py
 
 
-def random_counter(*sizes):
-    """A counting model in float64 with large random weights."""
-    model = counting.CountingModel(*sizes).double()
-    for p in model.parameters():
-        nn.init.normal_(p, std=2.0)
-    return model
-
-
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 def test_the_counting_model_is_the_plain_formula(activation):
-    model, digits = random_counter(3, 6, 4, activation), [2, 0, 0, 1, 2]
+    model, digits = counter(3, 6, 4, activation), [2, 0, 0, 1, 2]
     p = {name: value.detach() for name, value in model.named_parameters()}
     logits, weights = model(F.one_hot(torch.tensor([digits])).double())
     for v, query in enumerate(p["query"][0]):
@@ -361,7 +336,7 @@ def test_the_counting_model_is_the_plain_formula(activation):
 def test_under_softmax_a_sequence_repeated_twice_has_the_same_logits_and_under_sigmoid_it_has_not():
     x = F.one_hot(torch.randint(3, (20, 5)), 3).double()
     for activation in ("softmax", "sigmoid"):
-        model = random_counter(3, 10, 8, activation)
+        model = counter(3, 10, 8, activation)
         change = (model(x)[0] - model(torch.cat([x, x], dim=1))[0]).abs().max()
         assert change < 1e-9 if activation == "softmax" else change > 1
 
@@ -389,15 +364,12 @@ def test_dirichlet_digits_make_all_66_combinations_of_counts_equally_frequent():
     assert len(frequency) == 66 and 850 < frequency.min() and frequency.max() < 1150
 
 
-@pytest.mark.parametrize("vocab_size, length", [(3, 5), (2, 8), (4, 1), (1, 4)])
-def test_the_accuracy_over_all_sequences_is_that_of_a_plain_loop(vocab_size, length):
-    model, n_right = counting.CountingModel(vocab_size, length, 8), 0
-    model.load_state_dict(random_counter(vocab_size, length, 8).state_dict())
-    for digits in itertools.product(range(vocab_size), repeat=length):
-        logits, _ = model(F.one_hot(torch.tensor([digits]), vocab_size).float())
-        n_right += logits[0].argmax(dim=-1).tolist() == [digits.count(d) for d in range(vocab_size)]
-    sequences = counting.all_sequences(length, vocab_size)
-    assert counting.accuracy(model, sequences, vocab_size) == n_right / vocab_size ** length
+def test_the_accuracy_over_all_sequences_is_that_of_a_plain_loop():
+    model, n_right = wild(counting.CountingModel(3, 5, 8), 2.0), 0
+    for digits in itertools.product(range(3), repeat=5):
+        logits, _ = model(F.one_hot(torch.tensor([digits]), 3).float())
+        n_right += logits[0].argmax(dim=-1).tolist() == [digits.count(d) for d in range(3)]
+    assert counting.accuracy(model, counting.all_sequences(5, 3), 3) == n_right / 3 ** 5
     assert counting.all_sequences(10, 10).shape == (20_000, 10)            # 10^10 are too many: a sample
 
 
@@ -451,18 +423,18 @@ def copy_attention(ours, theirs):
     ours.w_o.load_state_dict(theirs.out_proj.state_dict())
 
 
-def copy_feed_forward(ours, theirs):
-    """Give our feed-forward network the weights of one of torch's layers."""
-    ours[0].load_state_dict(theirs.linear1.state_dict())
-    ours[2].load_state_dict(theirs.linear2.state_dict())
+def copy_the_rest(ours, theirs):
+    """Give our block the weights of the feed-forward network and the LayerNorms of one of torch's layers."""
+    ours.feed_forward[0].load_state_dict(theirs.linear1.state_dict())
+    ours.feed_forward[2].load_state_dict(theirs.linear2.state_dict())
+    for name in [name for name, _ in ours.named_children() if name.startswith("norm")]:
+        getattr(ours, name).load_state_dict(getattr(theirs, name).state_dict())
 
 
 def test_the_encoder_block_equals_torch():
     theirs, ours = wild(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)), translate.EncoderBlock(8, 2, 0.0)
     copy_attention(ours.self_attention, theirs.self_attn)
-    copy_feed_forward(ours.feed_forward, theirs)
-    for name in ("norm1", "norm2"):
-        getattr(ours, name).load_state_dict(getattr(theirs, name).state_dict())
+    copy_the_rest(ours, theirs)
     x, real = torch.randn(3, 5, 8), torch.arange(5) < torch.tensor([[5], [2], [4]])
     expected = theirs(x, src_key_padding_mask=~real)
     assert torch.allclose(ours(x, real[:, None, None, :])[real], expected[real], atol=1e-5)
@@ -473,9 +445,7 @@ def test_the_decoder_block_equals_torch(need_weights):
     theirs, ours = wild(nn.TransformerDecoderLayer(8, 2, 16, 0.0, batch_first=True)), translate.DecoderBlock(8, 2, 0.0)
     copy_attention(ours.self_attention, theirs.self_attn)
     copy_attention(ours.cross_attention, theirs.multihead_attn)
-    copy_feed_forward(ours.feed_forward, theirs)
-    for name in ("norm1", "norm2", "norm3"):
-        getattr(ours, name).load_state_dict(getattr(theirs, name).state_dict())
+    copy_the_rest(ours, theirs)
     x, memory, causal = torch.randn(3, 5, 8), torch.randn(3, 7, 8), torch.ones(5, 5).tril().bool()
     real = torch.arange(7) < torch.tensor([[7], [2], [4]])
     expected = theirs(x, memory, tgt_mask=~causal, memory_key_padding_mask=~real)
@@ -580,21 +550,15 @@ def test_der_and_den_alone_decide_who_does_what(toy):
 
 def test_the_alignment_is_that_of_a_dictionary(toy):
     meaning = {german: english for kind in translate.NOUNS.values() for german, _, english in kind}
-    for verb in translate.VERBS:
-        meaning.update({verb[0]: verb[4], verb[1]: verb[3]})
-        meaning.setdefault(verb[2], verb[5])
+    meaning.update({verb[0]: verb[4] for verb in translate.VERBS if verb[0] != verb[2]})
+    meaning.update({verb[1]: verb[3] for verb in translate.VERBS})
     meaning.update({"gestern": "yesterday", "heute": "today", "morgen": "tomorrow", "kann": "can", ".": "."})
-    n_checked = 0
     for german, english, alignment in toy[:5000]:
         german, english = ([word.strip() for word in translate.WORD.findall(text)] for text in (german, english))
         assert len(alignment) == len(english)
         assert sorted(itertools.chain(*alignment)) == list(range(len(german)))    # every German word exactly once
         for word, indices in zip(english, alignment):
-            last = german[indices[-1]]
-            if last in meaning and "hat" not in german:
-                assert word.lower() == meaning[last]
-                n_checked += 1
-    assert n_checked > 10_000
+            assert word.lower() == meaning.get(german[indices[-1]], word.lower())
 
 
 def test_no_held_out_sentence_occurs_in_training_and_line_7_is_held_out(monkeypatch):
@@ -680,12 +644,6 @@ def test_label_smoothing_is_the_formula_and_padding_has_no_loss():
         assert translate.batch_loss(model, examples, "cpu", smoothing).item() == pytest.approx(expected, rel=1e-4)
     assert translate.validation_loss(model, examples, "cpu") == pytest.approx(
         translate.batch_loss(model, examples, "cpu").item() / 6, rel=1e-4)
-
-
-def test_the_learning_rate_rises_linearly_and_falls_to_zero():
-    rates = [translate.learning_rate(step, 100, 0.5) for step in range(101)]
-    assert rates[:10] == pytest.approx([0.05 * (n + 1) for n in range(10)]) and max(rates) == 0.5
-    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[100] == pytest.approx(0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -876,25 +834,15 @@ def test_the_jacobian_equals_jacrev_and_finite_differences():
         assert gradient[pixel].item() == pytest.approx((up - down) / 2e-6, rel=1e-3, abs=1e-7)
 
 
-def test_the_gradient_of_an_image_is_the_same_alone_and_in_a_batch():
-    model, x, target = small_network(), torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
-    together, _ = saliency.calculate_jacobian(model, x, target)
-    for i in range(4):
-        alone, _ = saliency.calculate_jacobian(model, x[i:i + 1], target[i:i + 1])
-        assert torch.allclose(alone[0], together[i], atol=1e-6)
-
-
 def test_the_jacobian_changes_neither_the_model_nor_the_images():
-    model, x, target = small_network().train(), torch.rand(2, 3, 8, 8, requires_grad=True), torch.tensor([0, 1])
+    model, x = small_network().train(), torch.rand(2, 3, 8, 8)
     model[3].eval()                                                      # a mixed mode, as when a part is frozen
-
-    def state():
-        return ([module.training for module in model.modules()], [p.grad for p in model.parameters()],
-                [value.sum().item() for value in model.state_dict().values()], x.tolist(), x.grad)
-    before = state()
-    with torch.no_grad():
-        gradient, logits = saliency.calculate_jacobian(model, x, target)
-    assert state() == before and gradient.abs().max() > 0 and not gradient.requires_grad and not logits.requires_grad
+    states = []
+    for _ in range(2):
+        states.append(([module.training for module in model.modules()], [p.grad for p in model.parameters()],
+                       [value.sum().item() for value in model.state_dict().values()], x.tolist(), x.requires_grad))
+        gradient, logits = saliency.calculate_jacobian(model, x, torch.tensor([0, 1]))
+    assert states[0] == states[1] and not gradient.requires_grad and not logits.requires_grad
 
 
 def test_a_confident_prediction_keeps_its_gradient():
@@ -961,14 +909,6 @@ def test_resnet18_has_the_keys_shapes_and_sizes_of_torchvision():
     assert sizes == [(64, 112, 112), (64, 56, 56), (64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)]
 
 
-def test_every_mask_covers_its_shape():
-    images, labels, masks = saliency.make_images(400)
-    assert images.shape == (400, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
-    assert labels.bincount().min() > 40 and 20 < masks.sum(dim=(1, 2)).min() and masks.sum(dim=(1, 2)).max() < 300
-    for image, mask in zip(images, masks):                               # in every channel the shape stands out
-        assert (image[:, mask].mean(dim=1) - image[:, ~mask].mean(dim=1)).abs().min() > 0.1
-
-
 def test_the_shipped_network_is_accurate_points_at_the_shape_and_is_fooled(tmp_path):
     torch.set_num_threads(2)
     path = os.path.join(HERE, "assets", "saliency.pt")
@@ -1016,15 +956,12 @@ def test_photographs_with_weights_from_a_file_and_names_in_data(tmp_path, monkey
     assert sorted(os.listdir("out")) == ["saliency_photographs.png", "saliency_photographs_adversarial.png"]
 
 
-@pytest.mark.parametrize("weights, message", [({"conv1.weight": torch.zeros(4)}, "cannot load .*bad.pt"),
-                                              (b"no weights", "cannot load .*bad.pt"), (None, "cannot load .*bad.pt")])
-def test_weights_that_do_not_fit_give_one_clear_sentence(weights, message, tmp_path):
-    if isinstance(weights, dict):
-        torch.save(weights, tmp_path / "bad.pt")
-    elif weights:
-        (tmp_path / "bad.pt").write_bytes(weights)
-    with pytest.raises(SystemExit, match=message):
-        run("saliency.py", "--load", tmp_path / "bad.pt", "--out_dir", tmp_path)
+def test_weights_that_do_not_fit_give_one_clear_sentence(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(4)}, tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_bytes(b"no weights")
+    for name in ("other.pt", "text.pt", "missing.pt"):
+        with pytest.raises(SystemExit, match=f"cannot load .*{name}"):
+            run("saliency.py", "--load", tmp_path / name, "--out_dir", tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
