@@ -986,7 +986,7 @@ MISTAKES = [
     ("saliency.py", "--eps=-0.1", "argument --eps: invalid positive float value: '-0.1'"),
     ("saliency.py", "--image photo.jpg", "--image needs --weights"),
     ("saliency.py", "--weights imagenet --image missing.jpg", "cannot read missing.jpg"),
-    ("translate.py", f"--text {'x' * 300}", "a text may have 99 tokens, this one has 3")]
+    ("translate.py", f"--text {'x' * 300}", "a text may have 99 tokens at most, not 3")]
 
 
 @pytest.mark.parametrize("script, options, message", MISTAKES, ids=[" ".join(mistake[:2])[:40] for mistake in MISTAKES])

@@ -55,9 +55,9 @@ from attention import attention, download, parse_args, plot_attention, positive
 #                        |                                            |
 #           src: German, EOS (B, S)                   tgt: BOS, English so far (B, T)
 #
-# Read it from bottom to top. "add": the output of a sublayer is added to its input (residual connection). There are two
-# differences from the paper: positions are learned instead of sinusoidal, and the feed-forward network is twice as wide
-# as the model instead of four times.
+# Read it from bottom to top; "memory" is the encoder's output. "add": the output of a sublayer is added to its input
+# (residual connection). The model differs from the paper's in two ways: positions are learned instead of sinusoidal,
+# and the feed-forward network is twice as wide as the model instead of four times.
 
 PAD, BOS, EOS = 0, 1, 2     # padding, start of sentence, end of sentence
 MAX_LEN = 100               # number of positions
@@ -182,7 +182,7 @@ class TransformerModel(nn.Module):
         start = cache[self.decoder[0].self_attention][0].size(2) if cache else 0
         # The causal mask, 1 = may attend. Row i is the query at position i, which predicts token i + 1
         # and attends to tokens 0 ... i only, so all positions train in parallel. Padding follows the     1 0 0 0
-        # real tokens, so they never attend to it. With a cache we need only the rows of the new          1 1 0 0
+        # real tokens, so none of them sees it.   With a cache we need only the rows of the new          1 1 0 0
         # tokens: if tokens 0, 1 and 2 are cached, the last row.                                          1 1 1 0
         #                                                                                                 1 1 1 1
         end = start + tgt.size(1)
@@ -206,10 +206,10 @@ class TransformerModel(nn.Module):
 #     Den Mann sieht der Hund.                      The dog sees the man.
 #     Gestern hat die Ärztin einen Vogel gehört.    Yesterday the doctor heard a bird.
 #
-# Every German sentence has exactly one translation: an object comes first only if it is masculine ("den", not "der"),
+# An object comes first only if it is masculine ("den", not "der"), so every German sentence has just one translation,
 # and only if the subject is definite ("Den Mann sieht ein Hund" sounds odd).
 
-N_TOY_LINES = 209_773  # the lines that --line accepts; the first 100,000 are used for training
+N_TOY_LINES = 209_773  # the lines that --line accepts; training uses most of the first 100,000
 
 NOUNS = {kind: [entry.split() for entry in entries.split(", ")] for kind, entries in {    # German, gender, English
     "person": "König m king, Lehrer m teacher, Mann m man, Bäcker m baker, Ingenieur m engineer, Frau f woman, "
@@ -260,9 +260,9 @@ def toy_pair(n):
         return [(f"{role} article", article, "the" if definite else a), *words]
 
     present, infinitive, participle, base, third_person, past, subject_kinds, object_kinds = pick(VERBS)
-    kind, definite = pick(subject_kinds.split(",")), draw() < 0.7
+    kind, subject_definite = pick(subject_kinds.split(",")), draw() < 0.7
     subject_noun = pick(NOUNS[kind])
-    subject = noun_phrase("subject", subject_noun, kind, definite)
+    subject = noun_phrase("subject", subject_noun, kind, subject_definite)
     kind = pick(object_kinds.split(","))
     object_noun = pick([noun for noun in NOUNS[kind] if noun != subject_noun])
     object_ = noun_phrase("object", object_noun, kind, draw() < 0.7)
@@ -270,13 +270,15 @@ def toy_pair(n):
         ("hat", [("last", participle)], [("finite+last", past)], ["gestern yesterday", ""]),
         (present, [], [("finite", third_person)], [""]),
         ("kann", [("last", infinitive)], [("finite", "can"), ("last", base)], ["heute today", "morgen tomorrow", ""])])
-    adverb = [("adverb", *words.split()) for words in [pick(adverbs)] if words]
+    words = pick(adverbs).split()
+    adverb = [("adverb", *words)] if words else []
 
-    first = pick(["subject"] + ["object"] * (object_noun[1] == "m" and definite) + ["adverb"] * len(adverb))
+    first = pick(["subject"] + ["object"] * (object_noun[1] == "m" and subject_definite) + ["adverb"] * len(adverb))
     parts = {"subject": subject, "adverb": adverb, "object": object_}
     german = [*parts.pop(first), ("finite", finite), *itertools.chain(*parts.values()), *last, (".", ".")]
     english = [*subject, *english_verb, *object_, (".", ".")]
     english = [*adverb, *english] if first == "adverb" else [*english[:-1], *adverb, english[-1]]
+    # a word is (slot, German, English), or (slot, word) if it stands in one of the two sentences only
     index = {slot: i for i, (slot, *_) in enumerate(german)}
     alignment = [[index[slot] for slot in slots.split("+")] for slots, *_ in english]
     german, english = (" ".join(words[:-1]) + "." for words in ([w[1] for w in german], [w[-1] for w in english]))
@@ -373,7 +375,7 @@ def learn_merges(texts, n_merges):
             where[pair].add(i)
     merges = []
     while len(merges) < n_merges and (most := max(counts.values(), default=0)) > 1:
-        pair = min(pair for pair, n in counts.items() if n == most)      # the smallest of the most frequent pairs
+        pair = min(pair for pair, n in counts.items() if n == most)      # ties: the smallest pair
         for i in where.pop(pair):
             old, n = words[i]
             new = merge(old, pair, FIRST_BYTE + 256 + len(merges))
@@ -409,12 +411,12 @@ class Tokenizer:
         return [token for word in words for token in self.encoded[word]]
 
     def decode(self, tokens):
-        """The text of a list of tokens. Invalid UTF-8, which a model may produce, is replaced by question marks."""
-        spelled = b"".join(self.pieces[token] for token in tokens)
+        """The text of a list of tokens. Invalid UTF-8, which a model may produce, becomes U+FFFD."""
+        data = b"".join(self.pieces[token] for token in tokens)
         try:
-            return spelled.decode("utf-8", "surrogatepass")
+            return data.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
-            return spelled.decode("utf-8", "replace")
+            return data.decode("utf-8", "replace")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -422,8 +424,8 @@ class Tokenizer:
 def make_batches(examples, batch_tokens, seed):
     """Endless batches: lists of indices of examples (src, tgt), about `batch_tokens` tokens each, padding included.
 
-    Sentences of similar length share a batch, so there is little padding. Noise added to the lengths before sorting
-    makes the batches of every epoch different. They depend only on the seed, so a resumed run can skip the first ones.
+    Sentences of similar length share a batch, so there is little padding. Adding 0 or 1 to the lengths at random makes
+    the batches of every epoch different. They depend only on the seed, so a resumed run can skip those already done.
     """
     for epoch in itertools.count():
         rng = random.Random(seed + epoch)
@@ -449,9 +451,9 @@ def pad(rows, device):
 def batch_loss(model, examples, device, label_smoothing=0.0):
     """Cross-entropy, summed over all target tokens of a batch that are not padding.
 
-    The decoder reads tgt without its last token and predicts tgt without its first. Label smoothing (section 5.4) takes
-    the fraction `label_smoothing` of the target's probability and spreads it over all tokens. That keeps the model from
-    becoming overconfident, and it raises the loss: even a perfect prediction has the entropy of the smoothed target.
+    The decoder reads tgt without its last token and predicts tgt without its first. Label smoothing (section 5.4)
+    spreads a fraction `label_smoothing` of the target's probability over all tokens. That keeps the model from becoming
+    overconfident, and it raises the loss: even a perfect prediction has the entropy of the smoothed target.
     """
     src, tgt = (pad(side, device) for side in zip(*examples))            # (B, S), (B, T + 1)
     logits, _ = model(src, tgt[:, :-1], need_weights=False)              # (B, T, vocab_size)
@@ -489,15 +491,15 @@ def beam_search(model, src, beam, length_penalty=1.0):
         step 2    I sleep (-0.9)        I am (-1.5)      We sleep (-1.4)    ...    keep "I sleep" and "We sleep"
         step 3    I sleep <eos> (-1.0)  We sleep <eos> (-2.1)  We sleep well (-1.8)  ...  keep the first and the third
 
-    A hypothesis that has ended is extended by PAD at no cost, so its score is frozen until better ones displace it. The
-    best are those with the highest score / length ** length_penalty: every token lowers the score, so without the
-    division short translations would win. beam = 1 is greedy decoding.
+    A hypothesis that has ended is extended by PAD at no cost, so its score is frozen until better hypotheses displace
+    it. The best are those with the highest score / length ** length_penalty (length includes <eos>): every token lowers
+    the score, so without the division short translations would be favored. beam = 1 is greedy decoding.
     """
     B, cache = len(src), {}
     memory, src_mask = (x.repeat_interleave(beam, dim=0) for x in model.encode(src))       # (B * beam, S, d_model)
     tokens = torch.full((B * beam, 1), BOS, device=src.device)           # (B * beam, 1 + T)
     scores = torch.full((B, beam), -math.inf, device=src.device)         # (B, beam) sums of log probabilities
-    scores[:, 0] = 0.0                          # at first all hypotheses are equal, so only one of them counts
+    scores[:, 0] = 0.0                          # all hypotheses start equal, so only the first is extended
     lengths, ended = torch.zeros_like(scores), torch.zeros_like(scores, dtype=torch.bool)
     while tokens.size(1) < model.max_len and not ended.all():
         logits, _ = model.decode(tokens[:, -1:], memory, src_mask, cache)
@@ -512,18 +514,18 @@ def beam_search(model, src, beam, length_penalty=1.0):
         scores, lengths = extended.flatten(1).gather(1, best), lengths.gather(1, parent)
         ended = ended.gather(1, parent) | (token == EOS)
         rows = (beam * torch.arange(B, device=src.device).unsqueeze(1) + parent).flatten()
-        # row i continues the old row rows[i], so it takes over its tokens and its cache (the source stays the same)
+        # row i continues the old row rows[i]: it takes over its tokens and cache (the memory of a sentence is the same)
         tokens = torch.cat([tokens[rows], token.view(-1, 1)], dim=1)
         cache = {module: (key[rows], value[rows]) for module, (key, value) in cache.items()}
     return tokens.view(B, beam, -1)[:, 0, 1:]
 
 
 def translate(model, tokenizer, sentences, beam):
-    """Translate a list of strings, in batches of 64 sentences of similar length. An empty string stays empty."""
+    """Translate a list of strings, in batches of 64 sentences of similar length. A blank string gives an empty one."""
     sources = [tokenizer.encode(sentence) + [EOS] for sentence in sentences]
     for sentence, source in zip(sentences, sources):
         if len(source) > model.max_len:
-            sys.exit(f"a text may have {model.max_len - 1} tokens, this one has {len(source) - 1}: {sentence[:40]}...")
+            sys.exit(f"a text may have {model.max_len - 1} tokens at most, not {len(source) - 1}: {sentence[:40]}...")
     order = sorted((i for i, sentence in enumerate(sentences) if sentence.strip()), key=lambda i: len(sources[i]))
     translations = [""] * len(sentences)
     for start in range(0, len(order), 64):
@@ -539,8 +541,8 @@ def bleu_words(text):
     for entity, sign in ("<skipped>", ""), ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"):
         text = text.replace(entity, sign)
     text = re.sub(r"([!-&(-+/:-@[-`{-~])", r" \1 ", f" {text} ")         # all punctuation but ' , - .
-    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)                    # . and , unless they follow a digit
-    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)                    # or precede one
+    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)                    # . and , after a non-digit
+    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)                    # . and , before a non-digit
     return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()                # - after a digit
 
 
@@ -574,22 +576,25 @@ def alignment_accuracy(model, tokenizer, lines):
     """How often does each head attend most to the right source word, on lines of the toy language? One token per word.
 
     For the input "<bos> The man", row 0 of the weights *produces* "The" and row 1 *consumes* it. Both can be read as
-    the alignment of "The" (Chen et al. 2020, arXiv:2004.14837). Returns the fraction of target words, without full
-    stops, whose most attended source word, without <eos>, is right (for "saw": "hat" or "gesehen"), (2, n_dec_layers,
-    H), and two baselines: a random source word (chance) and the word at the same position (diagonal).
+    the alignment of "The" (Chen et al. 2020, arXiv:2004.14837). Returns an accuracy (2, n_dec_layers, H): how often the
+    most attended source word (not <eos>) is right (for "saw": "hat" or "gesehen"), full stops excluded. Then the
+    accuracy of two baselines: a random source word (chance), and the word at the same position (diagonal).
     """
     device, hits, chance, diagonal, n_words = model.token_embedding.weight.device, 0, 0, 0, 0
     for german, english, alignment in lines:
         src, tgt = tokenizer.encode(german), tokenizer.encode(english)
-        assert len(tgt) == len(alignment), "alignment needs one token per word: train with more --merges"
+        one_token_per_word = len(src) == len(german.split()) + 1 and len(tgt) == len(alignment)
+        assert one_token_per_word, "alignment needs one token per word: train with more --merges"
         T = len(alignment) - 1                                           # target words without the full stop
         right = torch.tensor([[s in words for s in range(len(src))] for words in alignment[:-1]])        # (T, S)
         memory, src_mask = model.encode(pad([src + [EOS]], device))
         _, weights = model.decode(pad([[BOS] + tgt], device), memory, src_mask, need_weights=True)
         attended = torch.cat(weights)[..., :-1].argmax(dim=-1).cpu()     # (n_dec_layers, H, T + 2) source words
         rows = torch.stack([attended[..., :T], attended[..., 1:T + 1]])  # (2, n_dec_layers, H, T)
-        hits, chance = hits + right[torch.arange(T), rows].sum(dim=-1), chance + right.float().mean(dim=1).sum()
-        diagonal, n_words = diagonal + right.diagonal().sum(), n_words + T
+        hits += right[torch.arange(T), rows].sum(dim=-1)
+        chance += right.float().mean(dim=1).sum()
+        diagonal += right.diagonal().sum()
+        n_words += T
     return hits / n_words, chance / n_words, diagonal / n_words
 
 
@@ -634,11 +639,11 @@ def test(args):
     if args.data == "toy":
         val_accuracy, _, _ = alignment_accuracy(model, tokenizer, toy_lines("val", 10_000))
         accuracy, chance, diagonal = alignment_accuracy(model, tokenizer, toy_lines("test", 30_000))
-        result += f" alignment={accuracy.flatten()[val_accuracy.argmax()]:.4f}"  # of the head and row best on val
+        result += f" alignment={accuracy.flatten()[val_accuracy.argmax()]:.4f}"  # of the best head and row on val
         print(f"most attended source word is right: chance {chance:.3f}, diagonal {diagonal:.3f}")
         figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
         heads = [f"{n + 1}.{h + 1}" for n in range(accuracy.size(1)) for h in range(accuracy.size(2))]
-        for reading, values, marker in zip(("produces", "consumes"), accuracy.flatten(1).tolist(), "os"):
+        for reading, values, marker in zip(("produces", "consumes"), accuracy.flatten(1).tolist(), ("o", "s")):
             print(f"row that {reading} the word, block.head:", *(f"{h} {x:.3f}" for h, x in zip(heads, values)))
             axis.plot(heads, values, marker, label=f"row that {reading} the word")
         axis.axhline(diagonal, color="grey", linestyle="--", label="diagonal")
@@ -689,9 +694,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", help="toy, multi30k, or a text file with English, a tab and German on every line "
                         "(default: toy; multi30k with --text)")
-    parser.add_argument("--test", action="store_true", help="do not train: score the test part (or translate --line)")
+    parser.add_argument("--test", action="store_true", help="do not train: score the test part")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--line", type=int, help="do not train: translate this line of the data, counted from 1")
+    mode.add_argument("--line", type=int, help="do not train: translate this line, counted from 1")
     mode.add_argument("--text", nargs="+", help="do not train: translate these texts; - reads lines from stdin")
     mode.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--plot", action="store_true", help="with --line or --text: plot the cross-attention")
@@ -720,7 +725,7 @@ if __name__ == "__main__":
         distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
 
     weights_path = os.path.join(args.out_dir, f"translate_{os.path.basename(args.data)}.pt")
-    checkpoint_path = weights_path + ".checkpoint"  # an unfinished run; at the end, the weights replace it
+    checkpoint_path = weights_path + ".checkpoint"  # an unfinished run; deleted at the end
     if args.resume and not os.path.exists(checkpoint_path):
         sys.exit(f"there is nothing to resume: {checkpoint_path} does not exist")
     if not args.resume and os.path.exists(checkpoint_path):
@@ -740,7 +745,7 @@ if __name__ == "__main__":
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
     n_params, first_step = sum(p.numel() for p in model.parameters()), 0
     if rank == 0:
-        print(f"{n_params:,} parameters, {len(examples):,} pairs to train on, {len(val_examples):,} to validate")
+        print(f"{n_params:,} parameters, {len(examples):,} training pairs, {len(val_examples):,} validation pairs")
     if args.resume:
         checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
         if checkpoint["settings"] != settings:
@@ -751,8 +756,8 @@ if __name__ == "__main__":
 
     net = model if world_size == 1 else nn.parallel.DistributedDataParallel(model)
     batches = itertools.islice(make_batches(examples, args.batch_tokens, args.seed), first_step, None)
-    model.train()
     for step in range(first_step, args.steps):
+        model.train()
         torch.manual_seed(args.seed + step * world_size + rank)          # so a resumed run draws the same dropout masks
         indices = next(batches)
         if len(indices) < world_size:
@@ -761,8 +766,7 @@ if __name__ == "__main__":
         n_targets = sum(len(examples[i][1]) - 1 for i in indices)        # of all processes
         # the gradients should be added, but DistributedDataParallel averages them, hence the factor
         loss = batch_loss(net, batch, args.device, label_smoothing=0.1) / n_targets * world_size
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -774,7 +778,6 @@ if __name__ == "__main__":
             val_loss, seconds = validation_loss(model, val_examples, args.device), time.perf_counter() - start
             print(f"step {step + 1}: loss {loss:.4f}, validation loss {val_loss:.4f}, {seconds:.0f} s")
             print("   ", *translate(model, tokenizer, [val_pairs[0][0]], args.beam), flush=True)
-            model.train()
             # written to a temporary file and renamed, so a kill at any moment leaves a complete checkpoint
             torch.save({"settings": settings, "step": step + 1, "model": model.state_dict(),
                         "optimizer": optimizer.state_dict()}, checkpoint_path + ".tmp")
