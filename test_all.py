@@ -1,4 +1,4 @@
-"""Every claim of the scripts as a test, in the order of the scripts. Run with: pytest test_all.py"""
+"""Tests of what the scripts and the README claim, in the order of the scripts. Run with: pytest test_all.py"""
 
 import collections
 import contextlib
@@ -55,6 +55,12 @@ def run(script, *options):
     return values, output.getvalue()
 
 
+def read(name):
+    """The text of a file of this project."""
+    with open(os.path.join(HERE, name), encoding="utf-8") as file:
+        return file.read()
+
+
 def result_of(output):
     """The numbers of the result line, which is the last one."""
     assert output.splitlines()[-1].startswith("result: ")
@@ -71,11 +77,6 @@ def wild(module, std=0.5):
 def classifier(*sizes):
     """A parity classifier in float64."""
     return wild(parity.TransformerClassifier(2, 2, *sizes).double(), 2.0)
-
-
-def counter(*sizes):
-    """A counting model in float64."""
-    return wild(counting.CountingModel(*sizes).double(), 2.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -122,44 +123,19 @@ def test_the_gradient_is_right_by_finite_differences(activation):
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, mask, activation), (q, k, v))
 
 
-def test_softmax_keys_compete_and_sigmoid_keys_are_independent():
-    q, k, v = torch.randn(5, 8), torch.randn(7, 8), torch.randn(7, 8)
-    assert torch.allclose(attention(q, k, v)[1].sum(dim=-1), torch.ones(5))
-    assert not torch.allclose(attention(q, k, v)[1][:, :3], attention(q, k[:3], v[:3])[1])
-    weights = attention(q, k, v, activation="sigmoid")[1]
-    assert torch.allclose(weights, torch.sigmoid(q @ k.T / math.sqrt(8)))
-    assert torch.allclose(weights[:, :3], attention(q, k[:3], v[:3], activation="sigmoid")[1])
-
-
-def test_the_mask_has_the_opposite_meaning_in_nn_multihead_attention():
-    module = nn.MultiheadAttention(8, 1, bias=False)
-    with torch.no_grad():
-        module.in_proj_weight.copy_(torch.eye(8).repeat(3, 1))
-        module.out_proj.weight.copy_(torch.eye(8))
-    x, may_attend = torch.randn(5, 8), torch.ones(5, 5).tril().bool()
-    assert torch.allclose(attention(x, x, x, may_attend)[0], module(x, x, x, attn_mask=~may_attend)[0], atol=1e-6)
-
-
-def test_a_float_mask_and_an_unknown_activation_are_refused():
+def test_a_float_mask_is_refused():
     x = torch.randn(2, 4)
     with pytest.raises(AssertionError, match="True = may attend"):
         attention(x, x, x, torch.ones(2, 2), need_weights=False)
-    with pytest.raises(AssertionError, match="relu"):
-        attention(x, x, x, activation="relu")
 
 
 def test_the_script_prints_the_worked_example_of_its_docstring_and_learns_the_dictionary(tmp_path):
-    values, output = run("attention.py", "--out_dir", tmp_path)
-    result = result_of(output)
-    assert result["accuracy"] > 0.999 and (tmp_path / "attention_dictionary.png").exists()
-    doc = attention_script.__doc__
-    for name, printed in re.findall(r"^    (scores / sqrt\(4\)|weights = softmax|output) +=  ([\d. ]+?)   ", doc, re.M):
-        assert "[[" + ", ".join(f"{float(x):.2f}".removesuffix("0" * 2 * name.startswith("scores"))
-                                for x in printed.split()) in output
+    _, output = run("attention.py", "--out_dir", tmp_path)
+    assert result_of(output)["accuracy"] > 0.999 and (tmp_path / "attention_dictionary.png").exists()
     query, key = torch.tensor([2., 0, 2, 0]), torch.tensor([[1., 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]])
     output, weights = attention(query[None], key, torch.tensor([[10., 0], [0, 10], [5, 5]]))
     for numbers in (query @ key.T, query @ key.T / 2, weights[0], output[0]):
-        assert " ".join(f"{x:.2f}" for x in numbers) in doc
+        assert " ".join(f"{x:.2f}" for x in numbers) in attention_script.__doc__
 
 
 def test_the_fused_kernel_does_not_store_the_weights():
@@ -183,8 +159,6 @@ def test_a_download_is_checked_written_once_and_reported_if_it_fails(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # parity.py
-
-
 def test_the_classes_have_the_shapes_and_parts_of_the_exercise():
     x = torch.randn(4, 10, 16)
     assert parity.SelfAttention(16, 8)(x).shape == (4, 10, 16)
@@ -195,9 +169,6 @@ def test_the_classes_have_the_shapes_and_parts_of_the_exercise():
     assert [name for name, _ in model.named_children()] == ["token_embedding", "transformer_model", "final_layer_norm",
                                                             "classifier"]
     assert [name for name, _ in model.transformer_model[0].named_children()] == ["ln1", "attn", "ln2", "mlp"]
-
-
-def test_parameter_counts():
     for sizes, params in {(8, 8, 2, 4, 2): 2426, (2, 1, 1, 1, 1): 58, (4, 1, 1, 1, 0): 46, (3, 1, 1, 1, 0): 32}.items():
         assert sum(p.numel() for p in parity.TransformerClassifier(2, 2, *sizes).parameters()) == params
 
@@ -272,12 +243,6 @@ def test_a_sum_of_silus_times_its_denominators_has_the_terms_that_the_bound_coun
     assert torch.allclose(product, terms) and n_coefficients - 1 == 2 ** (width + 1) - 2
 
 
-def test_computing_the_logits_once_for_each_count_changes_nothing():
-    model, x = classifier(8, 8, 2, 4, 2), torch.randint(2, (100, 10))
-    strings, _, _ = parity.one_string_per_count(10)
-    assert torch.allclose(model(strings)[x.sum(dim=1)], model(x), atol=1e-8)
-
-
 def test_the_search_writes_its_function_into_the_real_model():
     model = parity.search(2, 4, n_starts=100, rounds=2, steps=200)
     assert sum(p.numel() for p in model.parameters()) == 20
@@ -300,9 +265,7 @@ def test_a_short_training_learns_parity_and_repeats_itself(tmp_path):
 
 
 def test_the_sweep_saves_the_smallest_models_that_work(tmp_path, monkeypatch):
-    with open(os.path.join(HERE, "parity.py"), encoding="utf-8") as file:
-        source = file.read()
-    small = re.sub("WITH_BLOCKS = .*", "WITH_BLOCKS = {(2, 1, 1, 1, 1): 1}", source)
+    small = re.sub("WITH_BLOCKS = .*", "WITH_BLOCKS = {(2, 1, 1, 1, 1): 1}", read("parity.py"))
     small = re.sub("WIDTHS = .*", "WIDTHS = [2]", small)
     small = small.replace("steps=2000", "steps=5").replace("n_starts=1500, rounds=10", "n_starts=100, rounds=2")
     (tmp_path / "parity.py").write_text(small, "utf-8")
@@ -315,11 +278,9 @@ def test_the_sweep_saves_the_smallest_models_that_work(tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # counting.py
-
-
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 def test_the_counting_model_is_the_plain_formula(activation):
-    model, digits = counter(3, 6, 4, activation), [2, 0, 0, 1, 2]
+    model, digits = wild(counting.CountingModel(3, 6, 4, activation).double(), 2.0), [2, 0, 0, 1, 2]
     p = {name: value.detach() for name, value in model.named_parameters()}
     logits, weights = model(F.one_hot(torch.tensor([digits])).double())
     for v, query in enumerate(p["query"][0]):
@@ -336,7 +297,7 @@ def test_the_counting_model_is_the_plain_formula(activation):
 def test_under_softmax_a_sequence_repeated_twice_has_the_same_logits_and_under_sigmoid_it_has_not():
     x = F.one_hot(torch.randint(3, (20, 5)), 3).double()
     for activation in ("softmax", "sigmoid"):
-        model = counter(3, 10, 8, activation)
+        model = wild(counting.CountingModel(3, 10, 8, activation).double(), 2.0)
         change = (model(x)[0] - model(torch.cat([x, x], dim=1))[0]).abs().max()
         assert change < 1e-9 if activation == "softmax" else change > 1
 
@@ -389,26 +350,13 @@ def test_counting_learns_all_lengths_and_each_activation_has_weights_of_its_own(
     with pytest.raises(SystemExit, match="counting_sigmoid.pt does not fit --vocab_size 4"):
         run("counting.py", *SHORT, "--sequence", "3", "--vocab_size", 4, "--out_dir", tmp_path)
     assert (tmp_path / "counting_sigmoid.pt").read_bytes() == saved and (tmp_path / "counting_softmax.pt").exists()
-
-
-@pytest.mark.parametrize("sequence", ["0 1 3", "", "0 0 0 0 0 0", "-1", "012", "0 one"])
-def test_a_sequence_that_cannot_be_counted_gives_one_clear_sentence(sequence, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        run("counting.py", *SHORT, f"--sequence={sequence}", "--out_dir", tmp_path)
-    assert capsys.readouterr().err.endswith("--sequence: expected 1 to 5 digits from 0 to 2, separated by spaces\n")
-    assert not os.listdir(tmp_path)
-
-
-def test_comparing_ends_with_both_accuracies_and_one_figure(tmp_path):
-    _, out = run("counting.py", *SHORT, "--steps", 2, "--compare", "--out_dir", tmp_path)
+    _, out = run("counting.py", *SHORT, "--steps", 2, "--compare", "--out_dir", tmp_path / "compare")
     assert set(result_of(out)) == {"accuracy_all", "accuracy_all_softmax", "seconds"}
-    assert os.listdir(tmp_path) == ["counting_compare.png"]
+    assert os.listdir(tmp_path / "compare") == ["counting_compare.png"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # translate.py: the model
-
-
 def transformer(vocab_size=20, max_len=12, n_layers=2, dropout=0.0):
     """An untrained Transformer of width 8 with two heads and large random weights."""
     return wild(translate.TransformerModel(vocab_size, max_len, 8, 2, n_layers, n_layers, dropout)).eval()
@@ -499,19 +447,12 @@ BY_HAND = """\
 3 Morgen kann die Maus einen müden König finden. | Tomorrow the mouse can find a tired king.
 4 Der kluge Lehrer hat gestern ein großes Radio gefunden. | The clever teacher found a big radio yesterday.
 5 Ein Mädchen fotografiert die Lampe. | A girl photographs the lamp.
-6 Der hungrige Mann hat die Ziege gekauft. | The hungry man bought the goat.
 7 Den klugen Lehrer hat der König gestern besucht. | The king visited the clever teacher yesterday.
-8 Die junge Ziege findet die Tasche. | The young goat finds the bag.
 9 Gestern hat das kluge Kind den Hund geweckt. | Yesterday the clever child woke the dog.
-10 Gestern hat der Mann den Regenschirm gemalt. | Yesterday the man painted the umbrella.
 11 Eine Katze kann heute den Vogel wecken. | A cat can wake the bird today.
-12 Der junge Vogel weckt die Künstlerin. | The young bird wakes the artist.
 13 Einen klugen Mann hat das müde Kind gestern besucht. | The tired child visited a clever man yesterday.
-14 Das junge Schaf hört die Maus. | The young sheep hears the mouse.
-15 Ein Lehrer kann heute das Radio reparieren. | A teacher can repair the radio today.
 16 Den jungen Fuchs jagt die Katze. | The cat chases the young fox.
 17 Heute kann ein Bäcker den kleinen Regenschirm malen. | Today a baker can paint the small umbrella.
-18 Heute kann der Vogel die junge Katze finden. | Today the bird can find the young cat.
 19 Die freundliche Frau hat gestern die neue Uhr getragen. | The friendly woman carried the new clock yesterday."""
 
 
@@ -535,16 +476,14 @@ def test_every_german_sentence_has_one_translation_over_all_lines(toy):
 
 
 def test_der_and_den_alone_decide_who_does_what(toy):
-    pairs = {german: english for german, english, _ in toy}
-    n = 0
+    pairs, n = {german: english for german, english, _ in toy}, 0
     for german, english in pairs.items():
-        words = german.rstrip(".").split()
-        if len(words) == 5 and words[0] == "Den" and words[3] == "der":
-            exchanged = pairs.get(f"Der {words[1]} {words[2]} den {words[4]}.")
-            if exchanged:
-                the, a, verb, _, b = english.rstrip(".").split()
-                assert exchanged == f"{the} {b} {verb} the {a}."
-                n += 1
+        match = re.fullmatch(r"Den (\w+) (\w+) der (\w+)\.", german)
+        exchanged = match and pairs.get("Der {} {} den {}.".format(*match.groups()))
+        if exchanged:
+            the, a, verb, _, b = english.rstrip(".").split()
+            assert exchanged == f"{the} {b} {verb} the {a}."
+            n += 1
     assert n > 10
 
 
@@ -561,7 +500,7 @@ def test_the_alignment_is_that_of_a_dictionary(toy):
             assert word.lower() == meaning.get(german[indices[-1]], word.lower())
 
 
-def test_no_held_out_sentence_occurs_in_training_and_line_7_is_held_out(monkeypatch):
+def test_no_held_out_sentence_occurs_in_training_and_line_7_is_held_out():
     parts = {part: {line[0] for line in translate.toy_lines(part, 5000)} for part in ("train", "val", "test")}
     assert translate.toy_pair(7)[0] in parts["test"] and min(map(len, parts.values())) > 100
     assert not (parts["train"] & parts["val"] or parts["train"] & parts["test"] or parts["val"] & parts["test"])
@@ -574,8 +513,6 @@ def test_multi30k_is_read_from_its_files(tmp_path, monkeypatch):
         with gzip.open(f"data/multi30k/val.{language}.gz", "wt", encoding="utf-8") as file:
             file.write(text)
     assert translate.load_pairs("multi30k", "val") == [("Ein Hund.", "A dog."), ("Zwei Äpfel.", "Two apples.")]
-    assert all(re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in translate.MULTI30K_SHA256.values())
-    assert translate.MULTI30K_URL.startswith("https://")
 
 
 def test_a_text_file_is_split_into_three_disjoint_parts(tmp_path):
@@ -648,8 +585,6 @@ def test_label_smoothing_is_the_formula_and_padding_has_no_loss():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # translate.py: decoding, BLEU, alignment
-
-
 def until_eos(tokens):
     """A list of tokens up to EOS."""
     return tokens[:tokens.index(translate.EOS) + 1] if translate.EOS in tokens else tokens
@@ -809,8 +744,6 @@ def test_weights_that_contain_code_are_not_executed(tmp_path, capsys):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # saliency.py
-
-
 def small_network(dtype=torch.float32):
     """A small network with random weights whose BatchNorms are not the identity."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), saliency.BasicBlock(4, 8, 2),
@@ -820,29 +753,21 @@ def small_network(dtype=torch.float32):
     return model
 
 
-def test_the_jacobian_equals_jacrev_and_finite_differences():
+def test_the_jacobian_equals_jacrev():
     model, x, target = small_network(torch.float64), torch.rand(3, 3, 8, 8).double(), torch.tensor([0, 5, 2])
     gradient, logits = saliency.calculate_jacobian(model, x, target)
     model.eval()
     assert torch.equal(logits, model(x))
     jacobian = torch.func.jacrev(lambda x: F.cross_entropy(model(x), target, reduction="none"))(x)   # (3, 3, 3, 8, 8)
     assert torch.allclose(gradient, jacobian[range(3), range(3)], atol=1e-12) and gradient.abs().max() > 1e-3
-    for pixel in ((0, 0, 0, 0), (1, 2, 3, 4), (2, 1, 7, 5)):
-        change = torch.zeros_like(x)
-        change[pixel] = 1e-6
-        up, down = (F.cross_entropy(model(x + sign * change), target, reduction="sum").item() for sign in (1, -1))
-        assert gradient[pixel].item() == pytest.approx((up - down) / 2e-6, rel=1e-3, abs=1e-7)
 
 
 def test_the_jacobian_changes_neither_the_model_nor_the_images():
     model, x = small_network().train(), torch.rand(2, 3, 8, 8)
-    model[3].eval()                                                      # a mixed mode, as when a part is frozen
-    states = []
-    for _ in range(2):
-        states.append(([module.training for module in model.modules()], [p.grad for p in model.parameters()],
-                       [value.sum().item() for value in model.state_dict().values()], x.tolist(), x.requires_grad))
-        gradient, logits = saliency.calculate_jacobian(model, x, torch.tensor([0, 1]))
-    assert states[0] == states[1] and not gradient.requires_grad and not logits.requires_grad
+    before = model[1].running_mean.clone()
+    gradient, logits = saliency.calculate_jacobian(model, x, torch.tensor([0, 1]))
+    assert model.training and torch.equal(model[1].running_mean, before) and not x.requires_grad
+    assert all(p.grad is None for p in model.parameters()) and not gradient.requires_grad and not logits.requires_grad
 
 
 def test_a_confident_prediction_keeps_its_gradient():
@@ -884,16 +809,6 @@ def test_one_step_is_the_sign_and_several_steps_increase_the_loss_further():
     assert losses[0] < losses[1] < losses[2]
 
 
-def test_to_first_order_the_sign_is_the_best_and_noise_is_the_worst():
-    for g in (torch.randn(300), torch.rand(300) ** 9, torch.ones(300)):
-        g = g.double()
-        l1, l2, linf = g.abs().sum(), g.norm(), g.abs().max()
-        assert g @ g.sign() == pytest.approx(l1.item()) and g @ (g / linf) == pytest.approx((l2 ** 2 / linf).item())
-        assert l1 * (1 + 1e-9) >= l2 ** 2 / linf and l2 ** 2 / linf * (1 + 1e-9) >= l2
-        noise = torch.randn(5000, 300).double().sign() @ g
-        assert noise.mean().abs() < 0.05 * l2 and noise.std() == pytest.approx(l2.item(), rel=0.05)
-
-
 def test_resnet18_has_the_keys_shapes_and_sizes_of_torchvision():
     """The checksum is that of torchvision 0.28: a line `name shape` for each entry of resnet18().state_dict()."""
     model = saliency.resnet18()
@@ -923,12 +838,9 @@ def test_the_shipped_network_is_accurate_points_at_the_shape_and_is_fooled(tmp_p
 
 
 def test_a_short_training_writes_weights_that_load(tmp_path, monkeypatch):
-    with open(os.path.join(HERE, "saliency.py"), encoding="utf-8") as file:
-        (tmp_path / "saliency.py").write_text(file.read().replace("make_images(1000)", "make_images(120)"), "utf-8")
+    (tmp_path / "saliency.py").write_text(read("saliency.py").replace("make_images(1000)", "make_images(120)"), "utf-8")
     monkeypatch.syspath_prepend(HERE)
     values, output = run(tmp_path / "saliency.py", "--steps", 12, "--batch_size", 16, "--out_dir", tmp_path)
-    first, uniform = map(float, re.search(r"step 0: loss ([\d.]+), uniform .+ = ([\d.]+)", output).groups())
-    assert abs(first - uniform) < 0.5
     model = saliency.small_resnet(5)
     saliency.load_weights(model, tmp_path / "saliency.pt")
     assert all(torch.equal(p, q.half().float()) for p, q in zip(model.parameters(), values["model"].parameters()))
@@ -956,14 +868,6 @@ def test_photographs_with_weights_from_a_file_and_names_in_data(tmp_path, monkey
     assert sorted(os.listdir("out")) == ["saliency_photographs.png", "saliency_photographs_adversarial.png"]
 
 
-def test_weights_that_do_not_fit_give_one_clear_sentence(tmp_path):
-    torch.save({"conv1.weight": torch.zeros(4)}, tmp_path / "other.pt")
-    (tmp_path / "text.pt").write_bytes(b"no weights")
-    for name in ("other.pt", "text.pt", "missing.pt"):
-        with pytest.raises(SystemExit, match=f"cannot load .*{name}"):
-            run("saliency.py", "--load", tmp_path / name, "--out_dir", tmp_path)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # All scripts, and the README
 
@@ -975,6 +879,11 @@ MISTAKES = [
     ("parity.py", "--steps -5", "argument --steps: invalid positive int value: '-5'"),
     ("counting.py", "--unknown", "unrecognized arguments: --unknown"),
     ("counting.py", "--device tpu", "argument --device: invalid choice: 'tpu'"),
+    ("parity.py", f"--device {'mps' if torch.cuda.is_available() else 'cuda'}", "no such device on this machine"),
+    *(("counting.py", f"--sequence={sequence}", "--sequence: expected 1 to 10 digits from 0 to 2, separated by spaces")
+      for sequence in ("", "0,1,3", "0," * 11, "-1", "012", "0,one")),
+    *(("saliency.py", f"--load {path}", f"cannot load {path}")
+      for path in ("missing.pt", os.path.join(HERE, "assets", "translate_toy.pt"))),
     ("translate.py", "--line 0", "--line 0: toy has lines 1 to 209773"),
     ("translate.py", "--line 209774", "--line 209774: toy has lines 1 to 209773"),
     ("translate.py", "--n_heads 3", "--n_heads 3 does not divide --d_model 64"),
@@ -998,17 +907,9 @@ def test_a_likely_mistake_gives_one_clear_sentence_and_leaves_no_file(script, op
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_device_that_is_not_there_is_named(script, tmp_path):
-    with pytest.raises(SystemExit, match="--device cuda: no such device on this machine"):
-        run(script, "--device", "cuda", "--out_dir", tmp_path)
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_import_only_torch_matplotlib_the_standard_library_and_five_shared_names(script):
-    with open(os.path.join(HERE, script), encoding="utf-8") as file:
-        source = file.read()
+    source = read(script)
     modules = {name.split(".")[0] for name in re.findall(r"^(?:import|from) ([\w.]+)", source, re.M)}
     assert modules - set(sys.stdlib_module_names) <= {"torch", "matplotlib", "attention"}
     shared = {name for names in re.findall(r"^from attention import (.+)$", source, re.M) for name in names.split(", ")}
@@ -1016,15 +917,8 @@ def test_scripts_import_only_torch_matplotlib_the_standard_library_and_five_shar
     assert all("weights_only=True" in call for call in re.findall(r"torch\.load\(.*", source))
 
 
-@pytest.fixture(scope="module")
-def readme():
-    """The text of README.md."""
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        return file.read()
-
-
-def test_every_option_file_and_function_that_the_readme_names_exists(readme, capsys):
-    help_texts = {}
+def test_every_option_file_and_function_that_the_readme_names_exists(capsys):
+    readme, help_texts = read("README.md"), {}
     for script in SCRIPTS:
         with pytest.raises(SystemExit, match="0"), pytest.MonkeyPatch.context() as patch:
             patch.setenv("COLUMNS", "200")
@@ -1040,13 +934,13 @@ def test_every_option_file_and_function_that_the_readme_names_exists(readme, cap
         assert os.path.exists(os.path.join(HERE, path)), path
     figures = {name for name in os.listdir(os.path.join(HERE, "assets")) if name.endswith(".png")}
     assert figures == set(re.findall(r"assets/(\w+\.png)", readme))
-    source = "".join(open(os.path.join(HERE, script), encoding="utf-8").read() for script in SCRIPTS)
+    source = "".join(map(read, SCRIPTS))
     for name in re.findall(r"`(\w+)\(?[^`]*`", readme.split("## The exercise sheets")[1].split("## ")[0]):
         assert name in source, name
 
 
-def test_the_worked_example_and_the_result_lines_in_the_readme_are_those_of_the_scripts(readme, tmp_path):
-    _, output = run("attention.py", "--steps", 1, "--out_dir", tmp_path)
+def test_the_worked_example_and_the_result_lines_in_the_readme_are_those_of_the_scripts(tmp_path):
+    readme, (_, output) = read("README.md"), run("attention.py", "--steps", 1, "--out_dir", tmp_path)
     assert output[:output.index("step 0")] in readme
     printed = dict.fromkeys(tuple(re.findall(r"(\w+)=", line)) for line in re.findall("^result: .+", readme, re.M))
     assert set(printed) >= {("accuracy", "params", "seconds"), ("accuracy_val", "accuracy_all", "params", "seconds"),
