@@ -41,6 +41,7 @@ def attention(q, k, v, mask=None, activation="softmax", need_weights=True):
     q is (..., T_q, d_k), k (..., T_k, d_k), v (..., T_k, d_v); leading dimensions (batch, ...) broadcast. `mask` is
     boolean, broadcasts to (..., T_q, T_k), and True means *may attend*, as in `F.scaled_dot_product_attention`.
     (`nn.MultiheadAttention` uses the opposite convention.) A query that may attend to nothing gets zeros.
+    `activation` is "softmax" or "sigmoid".
     Without `need_weights` the weights are None, and softmax attention runs in torch's fused kernel, which is faster
     and never stores all T_q x T_k weights.
     """

@@ -5,8 +5,8 @@ Train one attention layer to count how often each digit occurs in a sequence, an
 
 The layer has one trainable query for each digit. The query for digit d should attend to every d and to nothing else,
 and with a single layer the attention weights show directly whether it does. Softmax would make the weights of a query
-sum to 1: its output is a mean, and the mean discards the number of terms. Here a sigmoid gates each key independently,
-and the output is a sum with one term for every d in the sequence. --compare trains both.
+sum to 1: its output is a mean, which stays the same if the sequence is written twice. Here a sigmoid gates each key
+independently, and the output is a sum with one term for every d in the sequence. --compare trains both.
 
 $ python counting.py                                     # train, count, plot the attention weights
 $ python counting.py --sequence "1 0 2 1 0 1 1 0 1 2"    # count this sequence with the saved model
@@ -31,7 +31,7 @@ from attention import attention, parse_args, plot_attention, positive
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The model. B sequences of T digits out of V different ones. L is the greatest length, and so the greatest count.
+# The model. B sequences of T digits out of V different ones. L is the maximum length, and so the maximum count.
 class CountingModel(nn.Module):
     """One-hot digits (B, T, V) -> logits for the counts 0 ... L of each digit (B, V, L+1), and the weights (B, V, T).
 
@@ -204,7 +204,7 @@ if __name__ == "__main__":
     start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--vocab_size", type=positive(int), default=3, help="number of different digits")
-    parser.add_argument("--sequence_length", type=positive(int), default=10, help="greatest length of a sequence")
+    parser.add_argument("--sequence_length", type=positive(int), default=10, help="maximum length of a sequence")
     parser.add_argument("--hidden", type=positive(int), default=16, help="width of queries, keys and values")
     parser.add_argument("--activation", choices=["sigmoid", "softmax"], default="sigmoid",
                         help="turns scores into weights")

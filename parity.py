@@ -2,7 +2,7 @@
 Train a Transformer encoder to tell whether a bit string has an odd number of ones, and find the smallest that can.
 
 Parity looks trivial but is hard to learn: flipping any single bit flips the label, so no proper subset of the bits
-carries information, and the loss sits at ln 2 for a hundred steps before anything happens. There are no positional
+carries information, and the loss sits at ln 2 for a hundred steps before anything happens. There are no position
 embeddings, so the model cannot see the order of the bits, only the fraction of ones. Three things follow:
 
 - To the model the 1,024 strings of length 10 are just 11 inputs, so the accuracy on all of them can be computed, not
@@ -67,7 +67,7 @@ class MultiHeadSelfAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention mixes the tokens, then an MLP transforms each one; both are pre-norm residual branches."""
+    """Attention mixes the tokens, then an MLP transforms each. Pre-norm: LayerNorm first, the result is added to x."""
 
     def __init__(self, d_model, d_key, n_heads, mlp_factor=4):
         super().__init__()
@@ -83,7 +83,7 @@ class TransformerBlock(nn.Module):
 
 
 class TransformerClassifier(nn.Module):
-    """Tokens (B, T) -> logits (B, n_classes). Without positional embeddings the order of the tokens is invisible."""
+    """Tokens (B, T) -> logits (B, n_classes). Without position embeddings the order of the tokens is invisible."""
 
     def __init__(self, n_embeds, n_classes, d_model=256, d_key=64, n_heads=4, mlp_factor=4, n_layers=2):
         super().__init__()
@@ -130,7 +130,7 @@ def exact_accuracy(model, seq_len):
 # often can it change sign? A ReLU adds one kink; SiLU(u) = u / (1 + e^-u) dips below zero before it rises, so it can do
 # more. Multiply f by all (1 + e^-u_j): this gives a sum of exponentials with polynomial coefficients, one for each
 # subset of the units, of degree 1 except one of degree 0. By Rolle's theorem such a sum has fewer real zeros than
-# coefficients, so f has at most 2^(n+1) - 2: that is 2, 6, 14, 30. 20 parameters (width 2) cannot get all strings
+# coefficients, so f has at most 2^(n+1) - 2: 6, 14, 30 for n = 2, 3, 4. 20 parameters (width 2) cannot get all strings
 # right. Whether they can pass 0.95 is open: that takes 6 sign changes, which the bound allows, but the search finds 5
 # (0.9453). Nor does the bound exclude 10 sign changes for 32 parameters (width 3), where the search finds 7 (0.9893).
 
@@ -215,7 +215,7 @@ def train_many(sizes, n_seeds, seq_len, device, steps=2000, lr=0.01):
 
 
 def check_on_all_strings(model, seq_len):
-    """Accuracy on all 2^T strings, in float64 against rounding, and the smallest difference between the two logits."""
+    """Accuracy on all 2^T strings, in float64 to avoid rounding, and the smallest difference between the two logits."""
     strings = torch.cartesian_prod(*[torch.arange(2)] * seq_len).view(-1, seq_len)          # (2^T, T)
     with torch.no_grad():
         logits = copy.deepcopy(model).double()(strings)                     # (2^T, 2)
@@ -317,8 +317,9 @@ if __name__ == "__main__":
     parser.add_argument("--n_heads", type=positive(int), default=2, help="heads in each block")
     parser.add_argument("--mlp_factor", type=positive(int), default=4, help="hidden width of the MLP / d_model")
     parser.add_argument("--n_layers", type=int, default=2, help="blocks, may be 0")
-    parser.add_argument("--lr", type=positive(float), default=0.006, help="maximum learning rate")
-    parser.add_argument("--steps", type=positive(int), default=650, help="maximum number of training steps")
+    parser.add_argument("--lr", type=positive(float), default=0.006, help="peak learning rate")
+    parser.add_argument("--steps", type=positive(int), default=650,
+                        help="training steps at most; stops after 5 losses below 0.002")
     parser.add_argument("--batch_size", type=positive(int), default=800, help="strings in each step")
     parser.add_argument("--weight_decay", type=float, default=0.0, help="weight decay of AdamW")
     parser.add_argument("--sweep", action="store_true", help="find the smallest model instead (uses only --seq_len)")

@@ -2,8 +2,8 @@
 Where does a network without attention look, and how is it fooled?
 
 A convolutional network has no attention weights to plot, but we can compute how the loss changes with every pixel of
-the image: its Jacobian with respect to the input, for a scalar loss the gradient. Where it is large, a small change
-matters most (saliency). A small step along its signs fools the network (adversarial example).
+the image: its Jacobian with respect to the input; for a scalar loss this is the gradient. Where it is large, a small
+change matters most (saliency). A small step along its signs fools the network (adversarial example).
 
 The script draws its own images, simple shapes on a cluttered background, and trains a small ResNet on them. It knows
 where each shape is, so it can measure how often the most salient pixel is within two pixels of it (pointing). With
@@ -63,7 +63,7 @@ def saliency_map(gradient):
 def adversarial_example(model, x, target, eps, steps=1):
     """Images in [0, 1] within eps of x, after `steps` sign steps of eps / steps that increase the loss.
 
-    One step is the fast gradient sign method (Goodfellow et al. 2015); several recompute the gradient on the way.
+    One step is the fast gradient sign method (FGSM, Goodfellow et al. 2015); several recompute the gradient on the way.
     """
     adversarial = x.detach()                                                # (B, 3, H, W)
     for _ in range(steps):
@@ -80,7 +80,7 @@ def adversarial_example(model, x, target, eps, steps=1):
 #     random signs       d = eps * (+1 or -1)   adds 0 on average, with standard deviation eps * L2
 #
 # and L1 >= L2^2 / Linf >= L2. If all n = 3 * H * W entries of g have the same magnitude, L1 = sqrt(n) * L2: the larger
-# the image, the larger its lead over random signs. The unscaled Jacobian is tiny for a confident prediction.
+# the image, the larger the sign step's lead. The unscaled Jacobian is tiny for a confident prediction.
 
 
 def all_attacks(model, x, target, eps, steps):
@@ -352,7 +352,7 @@ if __name__ == "__main__":
     parser.add_argument("--attack_steps", type=positive(int), default=1, help="sign steps of an attack")
     parser.add_argument("--steps", type=positive(int), default=650, help="training steps")
     parser.add_argument("--batch_size", type=positive(int), default=64, help="images in each batch")
-    parser.add_argument("--lr", type=positive(float), default=0.01, help="maximum learning rate")
+    parser.add_argument("--lr", type=positive(float), default=0.01, help="peak learning rate")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--load", metavar="FILE", help="weights of the small network: do not train")
     group.add_argument("--weights", metavar="imagenet|FILE", help="ResNet-18 with these weights, on photographs")

@@ -56,8 +56,8 @@ from attention import attention, download, parse_args, plot_attention, positive
 #           src: German, EOS (B, S)                   tgt: BOS, English so far (B, T)
 #
 # Read it from bottom to top; "memory" is the encoder's output. "add": the output of a sublayer is added to its input
-# (residual connection). The model differs from the paper's in two ways: positions are learned instead of sinusoidal,
-# and the feed-forward network is twice as wide as the model instead of four times.
+# (residual connection), then normalized (post-norm; parity.py is pre-norm). The model differs from the paper's in two
+# ways: positions are learned instead of sinusoidal, and the feed-forward network is only twice as wide as the model.
 
 PAD, BOS, EOS = 0, 1, 2     # padding, start of sentence, end of sentence
 MAX_LEN = 100               # number of positions
@@ -167,7 +167,7 @@ class TransformerModel(nn.Module):
         return self.dropout(x + self.position_embedding(positions))
 
     def encode(self, src):
-        """Source tokens (B, S) -> memory (B, S, d_model) and src_mask (B, 1, 1, S), which hides the padding."""
+        """Source tokens (B, S) -> memory (B, S, d_model) and src_mask (B, 1, 1, S), False at padding."""
         src_mask = (src != PAD)[:, None, None, :]
         x = self.embed(src)
         for block in self.encoder:
@@ -206,8 +206,8 @@ class TransformerModel(nn.Module):
 #     Den Mann sieht der Hund.                      The dog sees the man.
 #     Gestern hat die Ärztin einen Vogel gehört.    Yesterday the doctor heard a bird.
 #
-# An object comes first only if it is masculine ("den", not "der"), so every German sentence has just one translation,
-# and only if the subject is definite ("Den Mann sieht ein Hund" sounds odd).
+# An object comes first only if it is masculine ("den", not "der"), so that every German sentence has one translation,
+# and the subject is definite ("Den Mann sieht ein Hund" sounds odd).
 
 N_TOY_LINES = 209_773  # the lines that --line accepts; training uses most of the first 100,000
 
@@ -696,7 +696,7 @@ if __name__ == "__main__":
                         "(default: toy; multi30k with --text)")
     parser.add_argument("--test", action="store_true", help="do not train: score the test part")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--line", type=int, help="do not train: translate this line, counted from 1")
+    mode.add_argument("--line", type=int, help="do not train: translate this line, counted from 1 (ignores --test)")
     mode.add_argument("--text", nargs="+", help="do not train: translate these texts; - reads lines from stdin")
     mode.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--plot", action="store_true", help="with --line or --text: plot the cross-attention")
