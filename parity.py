@@ -285,7 +285,8 @@ def plot_units(model, seq_len, path):
     right.plot(range(0, seq_len + 1, 2), f[::2], "o", label="even: should be below 0")
     right.plot(range(1, seq_len + 1, 2), f[1::2], "^", label="odd: should be above 0")
     right.set(title="their sum and a constant: f(c) = logit(odd) - logit(even)", xlabel="number of ones c")
-    right.legend()
+    right.margins(y=0.2)
+    right.legend(ncols=2, fontsize=8)
     figure.savefig(path, dpi=100)
     print(f"saved {path}")
 

@@ -649,7 +649,7 @@ def test(args):
         axis.axhline(diagonal, color="grey", linestyle="--", label="diagonal")
         axis.axhline(chance, color="grey", linestyle=":", label="chance")
         axis.set(xlabel="decoder block.head", ylabel="right source word", ylim=(-0.05, 1.05))
-        figure.legend(loc="outside upper center", ncols=4, fontsize=8)
+        figure.legend(loc="outside upper center", ncols=4, fontsize=7)
         path = os.path.join(args.out_dir, "translate_alignment.png")
         figure.savefig(path, dpi=100)
         print(f"saved {path}")
