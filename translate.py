@@ -152,11 +152,9 @@ class TransformerModel(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(EncoderBlock(d_model, n_heads, dropout) for _ in range(n_enc_layers))
         self.decoder = nn.ModuleList(DecoderBlock(d_model, n_heads, dropout) for _ in range(n_dec_layers))
-        for p in self.parameters():
-            if p.ndim == 2:
-                nn.init.xavier_uniform_(p)
         # The embedding is also the output layer. A logit is a dot product with d_model features of standard deviation
-        # 1 (they come from a LayerNorm), so with this scale the logits start with standard deviation 1.
+        # 1 (they come from a LayerNorm), so with this scale the logits start with standard deviation 1. Only the logit
+        # of the input token is larger, because the residual connections carry its embedding through all blocks.
         nn.init.normal_(self.token_embedding.weight, std=d_model ** -0.5)
         nn.init.normal_(self.position_embedding.weight, std=0.5)
 
