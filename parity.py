@@ -275,7 +275,8 @@ def plot_units(model, seq_len, path):
     pooled = zero + (c / seq_len).unsqueeze(1) * (one - zero)               # (401, d_model)
     units = silu(first(pooled)) * last.weight.diff(dim=0)                   # (401, d_model)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.plot(c.tolist(), units.tolist(), label=[f"$a_{j}$ SiLU($w_{j} c + b_{j}$)" for j in range(1, units.size(1) + 1)])
+    labels = [f"$a_{j}$ SiLU($w_{j} c + b_{j}$)" for j in range(1, units.size(1) + 1)]
+    left.plot(c.tolist(), units.tolist(), label=labels)
     left.set(title="each hidden unit (log scale beyond 1)", xlabel="number of ones c")
     left.set_yscale("symlog", linthresh=1)
     left.legend()
