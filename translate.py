@@ -638,11 +638,12 @@ def test(args):
         val_accuracy, _, _ = alignment_accuracy(model, tokenizer, toy_lines("val", 10_000))
         accuracy, chance, diagonal = alignment_accuracy(model, tokenizer, toy_lines("test", 30_000))
         result += f" alignment={accuracy.flatten()[val_accuracy.argmax()]:.4f}"  # of the best head and row on val
-        print(f"most attended source word is right: chance {chance:.3f}, diagonal {diagonal:.3f}")
-        figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
         heads = [f"{n + 1}.{h + 1}" for n in range(accuracy.size(1)) for h in range(accuracy.size(2))]
+        print(f"most attended source word is right: chance {chance:.3f}, diagonal {diagonal:.3f}")
+        print("decoder block.head         ", *(f"{head:>5}" for head in heads))
+        figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
         for reading, values, marker in zip(("produces", "consumes"), accuracy.flatten(1).tolist(), ("o", "s")):
-            print(f"row that {reading} the word, block.head:", *(f"{h} {x:.3f}" for h, x in zip(heads, values)))
+            print(f"row that {reading} the word", *(f"{x:.3f}" for x in values))
             axis.plot(heads, values, marker, label=f"row that {reading} the word")
         axis.axhline(diagonal, color="grey", linestyle="--", label="diagonal")
         axis.axhline(chance, color="grey", linestyle=":", label="chance")
