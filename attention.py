@@ -50,7 +50,7 @@ def attention(q, k, v, mask=None, activation="softmax", need_weights=True):
     assert mask is None or mask.dtype == torch.bool, "mask must be boolean, True = may attend"
     if activation == "softmax" and not need_weights:
         return F.scaled_dot_product_attention(q, k, v, mask), None
-    # A dot product of d_k independent unit-variance terms has standard deviation sqrt(d_k); dividing restores 1.
+    # A sum of d_k independent unit-variance terms has standard deviation sqrt(d_k); dividing by it restores 1.
     # Without this, softmax saturates for large d_k: one weight near 1, the others near 0, and hardly any gradient.
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                # (..., T_q, T_k)
     if mask is not None:  # a large negative number instead of -inf: softmax over a row of only -inf is 0 / 0 = NaN
@@ -268,6 +268,6 @@ if __name__ == "__main__":
     plot_attention(torch.cat([weights_before, weights[:1]]), list(range(args.n_keys)),
                    [f"key {target}" for target in test_target[0].tolist()],
                    os.path.join(args.out_dir, "attention_dictionary.png"), ["before training", "after training"],
-                   y_name="query, a rotated copy of")
+                   y_name="query made from")
     n_params = sum(p.numel() for p in model.parameters())
     print(f"result: accuracy={accuracy:.4f} params={n_params} seconds={time.perf_counter() - start:.1f}")

@@ -58,8 +58,7 @@ def make_sequences(n, length, vocab_size, device="cpu"):
     """Random digits (n, length) such that all combinations of counts are equally likely.
 
     With uniform digits, ten equal digits occur once in 3^9 = 19,683 sequences, too rarely to learn a count of 10. So
-    every sequence first draws its own digit probabilities, from the Dirichlet distribution under which all probability
-    vectors are equally likely.
+    the digit probabilities are drawn anew for each sequence, from the uniform Dirichlet distribution.
     """
     probabilities = torch.distributions.Dirichlet(torch.ones(n, vocab_size, device=device)).sample()     # (n, V)
     return torch.multinomial(probabilities, length, replacement=True)      # (n, T)
@@ -128,8 +127,8 @@ def train(args, activation, all_lengths=True, verbose=False):
 #     count     0    1    2    3    4    5    6    7    8    9   10
 #     angle     0    7   18   36   64   92  111  122  129  134  137
 # The steps are no longer equal, but no two points coincide. Give `out` one row for each count, in the direction of its
-# point, all equally long: the closest row has the largest logit. The added query matters: without it, all these vectors
-# would have the same direction.
+# point, all equally long: the closest row has the largest logit. The added query matters: without it, all counts above
+# 0 would give the same direction.
 @torch.no_grad()
 def angles(model, other, length):
     """How far the normalized vector of the query for 0 turns as the count of 0s grows: angles in degrees (L+1,).

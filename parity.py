@@ -67,7 +67,7 @@ class MultiHeadSelfAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention mixes the tokens, then an MLP transforms each. Pre-norm: LayerNorm first, the result is added to x."""
+    """Attention mixes the tokens, then an MLP transforms each. Pre-norm: each adds f(LayerNorm(x)) to x."""
 
     def __init__(self, d_model, d_key, n_heads, mlp_factor=4):
         super().__init__()
@@ -132,7 +132,7 @@ def exact_accuracy(model, seq_len):
 # subset of the units, of degree 1 except one of degree 0. By Rolle's theorem such a sum has fewer real zeros than
 # coefficients, so f has at most 2^(n+1) - 2: 6, 14, 30 for n = 2, 3, 4. 20 parameters (width 2) cannot get all strings
 # right. Whether they can pass 0.95 is open: that takes 6 sign changes, which the bound allows, but the search finds 5
-# (0.9453). Nor does the bound exclude 10 sign changes for 32 parameters (width 3), where the search finds 7 (0.9893).
+# (0.9453). The bound also allows 10 sign changes for 32 parameters (width 3), where the search finds 7 (0.9893).
 
 WIDTHS = [2, 3, 4, 5, 8]  # without a block
 # with blocks: d_model, d_key, n_heads, mlp_factor, n_layers, and the number of seeds
@@ -215,7 +215,7 @@ def train_many(sizes, n_seeds, seq_len, device, steps=2000, lr=0.01):
 
 
 def check_on_all_strings(model, seq_len):
-    """Accuracy on all 2^T strings, in float64 to avoid rounding, and the smallest difference between the two logits."""
+    """Accuracy on all 2^T strings, in float64 to limit rounding, and the smallest difference between the two logits."""
     strings = torch.cartesian_prod(*[torch.arange(2)] * seq_len).view(-1, seq_len)          # (2^T, T)
     with torch.no_grad():
         logits = copy.deepcopy(model).double()(strings)                     # (2^T, 2)
@@ -321,10 +321,11 @@ if __name__ == "__main__":
     parser.add_argument("--n_layers", type=int, default=2, help="blocks, may be 0")
     parser.add_argument("--lr", type=positive(float), default=0.006, help="peak learning rate")
     parser.add_argument("--steps", type=positive(int), default=650,
-                        help="training steps at most; stops after 5 losses below 0.002")
+                        help="training steps at most; stops after 5 losses below 0.002 in a row")
     parser.add_argument("--batch_size", type=positive(int), default=800, help="strings in each step")
     parser.add_argument("--weight_decay", type=float, default=0.0, help="weight decay of AdamW")
-    parser.add_argument("--sweep", action="store_true", help="find the smallest model instead (uses only --seq_len)")
+    parser.add_argument("--sweep", action="store_true",
+                        help="find the smallest model instead; of the above uses only --seq_len")
     args = parse_args(parser)
     torch.set_num_threads(1)  # threading overhead dominates at this size
     if args.sweep:
@@ -351,7 +352,7 @@ if __name__ == "__main__":
     n_low = 0
     for step in range(args.steps):
         rows = torch.randint(n_train, (args.batch_size,)) if args.batch_size < n_train else torch.arange(n_train)
-        # This is model(x[rows]) up to rounding, but five times faster: one forward pass for each count, then a lookup.
+        # Equals model(x[rows]) up to rounding, but five times faster: only one string per count goes through the model.
         logits = model(strings)[counts[rows]]                               # (B, 2)
         loss = F.cross_entropy(logits, y[rows])
         if step == 0:

@@ -1,13 +1,13 @@
 """
-Where does a network without attention look, and how is it fooled?
+To which pixels is a network without attention most sensitive, and how is it fooled?
 
-A convolutional network has no attention weights to plot, but we can compute how the loss changes with every pixel of
-the image: its Jacobian with respect to the input; for a scalar loss this is the gradient. Where it is large, a small
-change matters most (saliency). A small step along its signs fools the network (adversarial example).
+A convolutional network has no attention weights to plot, but we can compute the Jacobian of the loss with respect to
+the image. The loss is a scalar, so this is its gradient. Where it is large, a small change of the image matters most
+(saliency). A small step along its signs can fool the network (adversarial example).
 
-The script draws its own images, simple shapes on a cluttered background, and trains a small ResNet on them. It knows
-where each shape is, so it can measure how often the most salient pixel is within two pixels of it (pointing). With
---weights it draws the same figures for photographs, with a ResNet-18 trained on ImageNet.
+The script draws its own images, simple shapes on a cluttered background, and trains a small ResNet on them. The
+pixels of each shape are known, so we can measure how often the most salient pixel is within two pixels of the shape
+(pointing). With --weights it draws two of the figures for photographs, with a ResNet-18 trained on ImageNet.
 
 $ python saliency.py --load assets/saliency.pt                      # trained weights: the figures in seconds
 $ python saliency.py                                                # train first, in less than a minute
@@ -80,7 +80,7 @@ def adversarial_example(model, x, target, eps, steps=1):
 #     random signs       d = eps * (+1 or -1)   adds 0 on average, with standard deviation eps * L2
 #
 # and L1 >= L2^2 / Linf >= L2. If all n = 3 * H * W entries of g have the same magnitude, L1 = sqrt(n) * L2: the larger
-# the image, the larger the sign step's lead. The unscaled Jacobian is tiny for a confident prediction.
+# the image, the larger the lead over random signs. The unscaled Jacobian is tiny if p(target) is close to 1.
 
 
 def all_attacks(model, x, target, eps, steps):
@@ -274,7 +274,7 @@ def plot_attacks(model, images, labels, names, args, path):
                 row[column - 1].set_title(f"change, {name}", fontsize=9)
     for axis in axes.flat:
         axis.set_axis_off()
-    figure.suptitle(f"eps = {255 * args.eps:.3g}/255, red: fooled. Change: black -eps, gray 0, white eps", fontsize=9)
+    figure.suptitle(f"eps = {255 * args.eps:.3g}/255, red: wrong. Change: black -eps, gray 0, white eps", fontsize=9)
     figure.savefig(path, dpi=100)
     print(f"saved {path}")
 
@@ -359,7 +359,7 @@ if __name__ == "__main__":
     parser.add_argument("--image", nargs="+", metavar="FILE", help="with --weights: your own photographs")
     args = parse_args(parser)
     if args.image and not args.weights:
-        parser.error("--image needs --weights: the small network has not seen photographs")
+        parser.error("--image needs --weights: the small network is for 32 x 32 shapes")
     if args.weights:
         photographs(args)
         sys.exit()

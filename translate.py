@@ -2,10 +2,10 @@
 Translate German to English with the Transformer of "Attention Is All You Need": encoder, decoder, training, decoding.
 
 The encoder reads the German sentence. The decoder writes the English one token by token, and cross-attention lets each
-new token attend to the German ones. There are two data sets. The toy language is a small German grammar in which
-der/den, not the word order, says who does what to whom. It trains in a minute, and since the right source word of every
-target word is known, we can measure how well each attention head aligns. Multi30k has 29,000 real sentence pairs. The
-weights of both are in assets/, so only the first two commands train. Weights in --out_dir take precedence.
+step attend to the German tokens. There are two data sets. The toy language is a small German grammar in which the
+object may come first, marked by its article (den, einen). It trains in a minute, and since the right source word of
+every target word is known, we can measure how well each attention head aligns. Multi30k has 29,000 real sentence pairs.
+The weights of both are in assets/, so only the first two commands train. Weights in --out_dir take precedence.
 
 $ python translate.py                                           # train on the toy language
 $ python translate.py --data multi30k                           # train on Multi30k
@@ -197,15 +197,15 @@ class TransformerModel(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The toy language: German marks who does what to whom by the *article*, English by the *order*. In German the finite
-# verb is the second element, and a participle or infinitive comes last:
+# The toy language. In English the object is known by its position. German marks a masculine object by its article (den,
+# einen), so it may come first. The finite verb is the second element, and a participle or infinitive comes last:
 #
 #     Der Mann sieht den Hund.                      The man sees the dog.
 #     Den Mann sieht der Hund.                      The dog sees the man.
 #     Gestern hat die Ärztin einen Vogel gehört.    Yesterday the doctor heard a bird.
 #
-# An object comes first only if it is masculine ("den", not "der"), so that every German sentence has one translation,
-# and the subject is definite ("Den Mann sieht ein Hund" sounds odd).
+# An object comes first only if it is masculine, so that every German sentence has one translation, and only if the
+# subject is definite ("Den Mann sieht ein Hund" sounds odd).
 
 N_TOY_LINES = 209_773  # the lines that --line accepts; training uses most of the first 100,000
 
@@ -276,7 +276,7 @@ def toy_pair(n):
     german = [*parts.pop(first), ("finite", finite), *itertools.chain(*parts.values()), *last, (".", ".")]
     english = [*subject, *english_verb, *object_, (".", ".")]
     english = [*adverb, *english] if first == "adverb" else [*english[:-1], *adverb, english[-1]]
-    # a word is (slot, German, English), or (slot, word) if it stands in one of the two sentences only
+    # a word is (slot, German, English), or (slot, word) if it occurs in only one of the two sentences
     index = {slot: i for i, (slot, *_) in enumerate(german)}
     alignment = [[index[slot] for slot in slots.split("+")] for slots, *_ in english]
     german, english = (" ".join(words[:-1]) + "." for words in ([w[1] for w in german], [w[-1] for w in english]))
@@ -342,7 +342,7 @@ def load_pairs(data, part):
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens: byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). Every text is a sequence of
 # bytes, so 256 tokens can represent any of them. Then the most frequent pair of adjacent tokens becomes a new token,
-# again and again, until frequent words are single tokens: " H" "und" becomes " Hund".
+# repeatedly, so frequent words become single tokens: " H" "und" becomes " Hund".
 
 WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")      # merges stay within a word; the space before a word belongs to it
 FIRST_BYTE = EOS + 1                            # tokens: PAD, BOS, EOS, the 256 bytes, then one for each merge
@@ -451,7 +451,7 @@ def batch_loss(model, examples, device, label_smoothing=0.0):
 
     The decoder reads tgt without its last token and predicts tgt without its first. Label smoothing (section 5.4)
     spreads a fraction `label_smoothing` of the target's probability over all tokens. That keeps the model from becoming
-    overconfident, and it raises the loss: even a perfect prediction has the entropy of the smoothed target.
+    overconfident, and it raises the loss, whose minimum is now the entropy of the smoothed target.
     """
     src, tgt = (pad(side, device) for side in zip(*examples))            # (B, S), (B, T + 1)
     logits, _ = model(src, tgt[:, :-1], need_weights=False)              # (B, T, vocab_size)
@@ -461,7 +461,7 @@ def batch_loss(model, examples, device, label_smoothing=0.0):
 
 @torch.no_grad()
 def validation_loss(model, examples, device):
-    """Mean cross-entropy of all target tokens, without dropout and label smoothing. Leaves the model in eval mode."""
+    """Mean cross-entropy of all target tokens, without dropout or label smoothing. Leaves the model in eval mode."""
     model.eval()
     examples = sorted(examples, key=lambda example: len(example[1]))     # similar lengths, little padding
     total = sum(batch_loss(model, examples[i:i + 64], device).item() for i in range(0, len(examples), 64))
@@ -487,10 +487,10 @@ def beam_search(model, src, beam, length_penalty=1.0):
 
         step 1    I (-0.4)              We (-1.3)                                  the 2 best first tokens
         step 2    I sleep (-0.9)        I am (-1.5)      We sleep (-1.4)    ...    keep "I sleep" and "We sleep"
-        step 3    I sleep <eos> (-1.0)  We sleep <eos> (-2.1)  We sleep well (-1.8)  ...  keep the first and the third
+        step 3    I sleep <eos> (-1.0)  We sleep <eos> (-2.6)  We sleep well (-1.8)  ...  keep the first and the third
 
-    A hypothesis that has ended is extended by PAD at no cost, so its score is frozen until better hypotheses displace
-    it. The best are those with the highest score / length ** length_penalty (length includes <eos>): every token lowers
+    A hypothesis that has ended is extended by PAD at no cost, so it stays until better ones displace it. The
+    best are those with the highest score / length ** length_penalty (length includes <eos>): every token lowers
     the score, so without the division short translations would be favored. beam = 1 is greedy decoding.
     """
     B, cache = len(src), {}
@@ -512,7 +512,7 @@ def beam_search(model, src, beam, length_penalty=1.0):
         scores, lengths = extended.flatten(1).gather(1, best), lengths.gather(1, parent)
         ended = ended.gather(1, parent) | (token == EOS)
         rows = (beam * torch.arange(B, device=src.device).unsqueeze(1) + parent).flatten()
-        # row i continues the old row rows[i]: it takes over its tokens and cache (the memory of a sentence is the same)
+        # row i continues the old row rows[i] and copies its tokens and cache; the rows of a sentence share one memory
         tokens = torch.cat([tokens[rows], token.view(-1, 1)], dim=1)
         cache = {module: (key[rows], value[rows]) for module, (key, value) in cache.items()}
     return tokens.view(B, beam, -1)[:, 0, 1:]
@@ -547,8 +547,8 @@ def bleu_words(text):
 def bleu(translations, references):
     """BLEU (Papineni et al. 2002) from 0 to 100, as sacreBLEU computes it by default, with one reference each.
 
-    The geometric mean of the n-gram precisions, n = 1 to 4 (the fraction of the n-grams in the translations that also
-    occur in the reference), reduced if the translations are shorter than the references.
+    The geometric mean of the n-gram precisions, n = 1 to 4 (the fraction of the n-grams in the translations that match
+    one of the reference, each used once), reduced if the translations are shorter than the references.
     """
     matches, totals, reference_length = [0] * 4, [0] * 4, 0              # of n = 1 to 4
     for translation, reference in zip(translations, references):
@@ -571,7 +571,7 @@ def bleu(translations, references):
 # What does cross-attention attend to?
 @torch.no_grad()
 def alignment_accuracy(model, tokenizer, lines):
-    """How often does each head attend most to the right source word, on lines of the toy language? One token per word.
+    """How often each head attends most to the right source word, on lines of the toy language, one token per word.
 
     For the input "<bos> The man", row 0 of the weights *produces* "The" and row 1 *consumes* it. Both can be read as
     the alignment of "The" (Chen et al. 2020, arXiv:2004.14837). Returns an accuracy (2, n_dec_layers, H): how often the
@@ -647,7 +647,7 @@ def test(args):
             axis.plot(heads, values, marker, label=f"row that {reading} the word")
         axis.axhline(diagonal, color="grey", linestyle="--", label="diagonal")
         axis.axhline(chance, color="grey", linestyle=":", label="chance")
-        axis.set(xlabel="decoder block.head", ylabel="right source word", ylim=(-0.05, 1.05))
+        axis.set(xlabel="decoder block.head", ylabel="accuracy", ylim=(-0.05, 1.05))
         figure.legend(loc="outside upper center", ncols=4, fontsize=7)
         path = os.path.join(args.out_dir, "translate_alignment.png")
         figure.savefig(path, dpi=100)
@@ -691,8 +691,8 @@ OPTIONS = {  # training options whose defaults depend on the data: type, toy lan
 if __name__ == "__main__":
     start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", help="toy, multi30k, or a text file with English, a tab and German on every line "
-                        "(default: toy; multi30k with --text)")
+    parser.add_argument("--data", default=argparse.SUPPRESS, help="toy (the default), multi30k (the default with "
+                        "--text), or a text file with English, a tab and German on every line")
     parser.add_argument("--test", action="store_true", help="do not train: score the test part")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--line", type=int, help="do not train: translate this line, counted from 1 (ignores --test)")
@@ -703,7 +703,7 @@ if __name__ == "__main__":
     for name, (kind, toy, other, text) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (toy {toy}, else {other})")
     args = parse_args(parser)
-    args.data = args.data or ("multi30k" if args.text else "toy")
+    vars(args).setdefault("data", "multi30k" if args.text else "toy")
     for name, (_, toy, other, _) in OPTIONS.items():
         vars(args).setdefault(name, toy if args.data == "toy" else other)
     if args.d_model % args.n_heads:
