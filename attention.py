@@ -210,8 +210,6 @@ def download(url, path, sha256):
         sys.exit(f"cannot download {url} ({error}): try again, or save the file as {path} yourself")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
 if __name__ == "__main__":
     start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])

@@ -197,8 +197,6 @@ def compare(args, digits, n_seeds=3):
     return means["sigmoid"][-1], means["softmax"][-1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
 if __name__ == "__main__":
     start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])

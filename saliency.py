@@ -343,8 +343,6 @@ def photographs(args):
           f"params={sum(p.numel() for p in model.parameters())} seconds={time.perf_counter() - start:.1f}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
 if __name__ == "__main__":
     start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])

@@ -115,10 +115,7 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Causal self-attention, cross-attention to memory (B, S, d_model), then the feed-forward network.
-
-    (B, T, d_model) -> (B, T, d_model) and the weights (B, H, T, S) of the cross-attention, or None.
-    """
+    """Causal self-attention, cross-attention to memory (B, S, d_model), then the feed-forward network."""
 
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
@@ -135,14 +132,11 @@ class DecoderBlock(nn.Module):
         x = self.norm1(x + self.dropout(output))
         output, weights = self.cross_attention(x, memory, src_mask, cache, need_weights)
         x = self.norm2(x + self.dropout(output))
-        return self.norm3(x + self.dropout(self.feed_forward(x))), weights
+        return self.norm3(x + self.dropout(self.feed_forward(x))), weights    # (B, T, d_model), (B, H, T, S) or None
 
 
 class TransformerModel(nn.Module):
-    """Source (B, S) and target (B, T) tokens -> logits (B, T, vocab_size) of the token after each target token.
-
-    Also returns the cross-attention weights (B, H, T, S) of the last decoder block, or None without `need_weights`.
-    """
+    """Source (B, S) and target (B, T) tokens -> logits (B, T, vocab_size) of the token after each target token."""
 
     def __init__(self, vocab_size, max_len, d_model, n_heads, n_enc_layers, n_dec_layers, dropout=0.1):
         super().__init__()
@@ -193,7 +187,7 @@ class TransformerModel(nn.Module):
 
     def forward(self, src, tgt, need_weights=True):
         logits, weights = self.decode(tgt, *self.encode(src), need_weights=need_weights)
-        return logits, weights[-1]
+        return logits, weights[-1]      # (B, T, vocab_size), and the last block's weights (B, H, T, S) or None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -360,10 +354,7 @@ def merge(tokens, pair, token):
 
 
 def learn_merges(texts, n_merges):
-    """The first `n_merges` pairs to merge, in order. Stops early when no pair occurs twice.
-
-    Each distinct word is stored once. A merge updates only the counts of pairs in words that contain the merged pair.
-    """
+    """The first `n_merges` pairs to merge, in order. Stops early when no pair occurs twice."""
     frequency = collections.Counter(word for text in texts for word in WORD.findall(text))
     words = [([FIRST_BYTE + b for b in word.encode("utf-8", "surrogatepass")], n) for word, n in frequency.items()]
     counts, where = collections.Counter(), collections.defaultdict(set)  # of each pair: how often, in which words
@@ -374,7 +365,7 @@ def learn_merges(texts, n_merges):
     merges = []
     while len(merges) < n_merges and (most := max(counts.values(), default=0)) > 1:
         pair = min(pair for pair, n in counts.items() if n == most)      # ties: the smallest pair
-        for i in where.pop(pair):
+        for i in where.pop(pair):                                        # only the counts in these words change
             old, n = words[i]
             new = merge(old, pair, FIRST_BYTE + 256 + len(merges))
             words[i] = new, n
@@ -418,7 +409,7 @@ class Tokenizer:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training: batches, loss, learning rate
+# Training: batches and loss
 def make_batches(examples, batch_tokens, seed):
     """Endless batches: lists of indices of examples (src, tgt), about `batch_tokens` tokens each, padding included.
 
@@ -466,14 +457,6 @@ def validation_loss(model, examples, device):
     examples = sorted(examples, key=lambda example: len(example[1]))     # similar lengths, little padding
     total = sum(batch_loss(model, examples[i:i + 64], device).item() for i in range(0, len(examples), 64))
     return total / sum(len(tgt) - 1 for _, tgt in examples)
-
-
-def learning_rate(step, steps, peak):
-    """Linear warm-up over a tenth of the steps (1,000 at most), then cosine decay to zero."""
-    warmup = max(1, min(steps // 10, 1000))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -675,8 +658,6 @@ def translate_texts(args):
             plot_cross_attention(model, tokenizer, sentences[n - 1], args.beam, os.path.join(args.out_dir, name))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
 OPTIONS = {  # training options whose defaults depend on the data: type, toy language, other data, help
     "steps": (positive(int), 500, 9000, "training steps"),
     "batch_tokens": (positive(int), 4000, 4000, "tokens in each batch, both languages together"),
@@ -755,6 +736,7 @@ if __name__ == "__main__":
 
     net = model if world_size == 1 else nn.parallel.DistributedDataParallel(model)
     batches = itertools.islice(make_batches(examples, args.batch_tokens, args.seed), first_step, None)
+    warmup = max(1, min(args.steps // 10, 1000))
     for step in range(first_step, args.steps):
         model.train()
         torch.manual_seed(args.seed + step * world_size + rank)          # so a resumed run draws the same dropout masks
@@ -765,7 +747,11 @@ if __name__ == "__main__":
         n_targets = sum(len(examples[i][1]) - 1 for i in indices)        # of all processes
         # the gradients should be added, but DistributedDataParallel averages them, hence the factor
         loss = batch_loss(net, batch, args.device, label_smoothing=0.1) / n_targets * world_size
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
+        if step < warmup:                                                # linear warm-up, then cosine decay to zero
+            lr = args.lr * (step + 1) / warmup
+        else:
+            lr = args.lr * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup))) / 2
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
