@@ -5,7 +5,7 @@ The encoder reads the German sentence. The decoder writes the English one token 
 step attend to the German tokens. There are two data sets. The toy language is a small German grammar in which the
 object may come first, marked by its article (den, einen). It trains in a minute, and since the right source word of
 every target word is known, we can measure how well each attention head aligns. Multi30k has 29,000 real sentence pairs.
-The weights of both are in assets/, so only the first two commands train. Weights in --out_dir take precedence.
+The weights of both are in assets/, so only the first two commands train. Newly trained ones in --out_dir come first.
 
 $ python translate.py                                           # train on the toy language
 $ python translate.py --data multi30k                           # train on Multi30k
@@ -66,9 +66,9 @@ MAX_LEN = 100               # number of positions
 class MultiHeadAttention(nn.Module):
     """Queries from x (B, T, d_model), keys and values from memory (B, S, d_model), which is x in self-attention.
 
-    Returns (B, T, d_model) and the weights (B, H, T, S) or None (section 3.2.2). While a sentence is decoded token by
-    token, `cache` is a dict from every MultiHeadAttention module to its keys and values. Self-attention appends those
-    of the new tokens to it. Cross-attention computes them once, because the source does not change.
+    Returns (B, T, d_model) and the attention weights (B, H, T, S) or None (section 3.2.2). While a sentence is decoded
+    token by token, `cache` is a dict from each MultiHeadAttention of the decoder to its keys and values. Self-attention
+    appends those of the new tokens. Cross-attention computes them once, because the source does not change.
     """
 
     def __init__(self, d_model, n_heads):
@@ -172,11 +172,10 @@ class TransformerModel(nn.Module):
         With a cache (at first an empty dict), tgt holds only the tokens since the last call: none is computed twice.
         """
         start = cache[self.decoder[0].self_attention][0].size(2) if cache else 0
-        # The causal mask, 1 = may attend. Row i is the query at position i, which predicts token i + 1
-        # and attends to tokens 0 ... i only, so all positions train in parallel. Padding follows the     1 0 0 0
-        # real tokens, so none of them sees it.   With a cache we need only the rows of the new          1 1 0 0
-        # tokens: if tokens 0, 1 and 2 are cached, the last row.                                          1 1 1 0
-        #                                                                                                 1 1 1 1
+        #   1 0 0 0    The causal mask, 1 = may attend. Row i is the query at position i, which predicts token i + 1 and
+        #   1 1 0 0    attends to tokens 0 ... i only, so all positions train in parallel. Padding follows the real
+        #   1 1 1 0    tokens, so none of them sees it, and the loss ignores its rows. With a cache we need only the
+        #   1 1 1 1    rows of the new tokens: if tokens 0, 1 and 2 are cached, the last row.
         end = start + tgt.size(1)
         tgt_mask = torch.ones(end, end, dtype=torch.bool, device=tgt.device).tril()[start:]        # (T, end)
         x, weights = self.embed(tgt, start), []
@@ -217,6 +216,7 @@ ADJECTIVES = {kind: [entry.split() for entry in entries.split(", ")] for kind, e
 ARTICLES = {  # of each gender: indefinite and definite article, each with the ending of an adjective
     "m": [("ein", "er"), ("der", "e")], "f": [("eine", "e"), ("die", "e")], "n": [("ein", "es"), ("das", "e")],
     "m object": [("einen", "en"), ("den", "en")]}  # only a masculine object differs from the subject
+# finite form, infinitive and participle; English base form, third person and past; kinds of subjects and of objects
 VERBS = [line.split() for line in """\
     sieht        sehen         gesehen      see        sees        saw          person,animal  person,animal,thing
     hört         hören         gehört       hear       hears       heard        person,animal  person,animal
@@ -258,6 +258,7 @@ def toy_pair(n):
     kind = pick(object_kinds.split(","))
     object_noun = pick([noun for noun in NOUNS[kind] if noun != subject_noun])
     object_ = noun_phrase("object", object_noun, kind, draw() < 0.7)
+    # a word is (slot, German, English), or (slot, word) if it occurs in only one of the two sentences
     finite, last, english_verb, adverbs = pick([
         ("hat", [("last", participle)], [("finite+last", past)], ["gestern yesterday", ""]),
         (present, [], [("finite", third_person)], [""]),
@@ -270,7 +271,6 @@ def toy_pair(n):
     german = [*parts.pop(first), ("finite", finite), *itertools.chain(*parts.values()), *last, (".", ".")]
     english = [*subject, *english_verb, *object_, (".", ".")]
     english = [*adverb, *english] if first == "adverb" else [*english[:-1], *adverb, english[-1]]
-    # a word is (slot, German, English), or (slot, word) if it occurs in only one of the two sentences
     index = {slot: i for i, (slot, *_) in enumerate(german)}
     alignment = [[index[slot] for slot in slots.split("+")] for slots, *_ in english]
     german, english = (" ".join(words[:-1]) + "." for words in ([w[1] for w in german], [w[-1] for w in english]))
@@ -468,19 +468,20 @@ def beam_search(model, src, beam, length_penalty=1.0):
     A hypothesis is a partial translation, its score the sum of the log probabilities of its tokens. Every step extends
     each hypothesis by every token and keeps the `beam` best results. With beam = 2, and scores in brackets:
 
-        step 1    I (-0.4)              We (-1.3)                                  the 2 best first tokens
-        step 2    I sleep (-0.9)        I am (-1.5)      We sleep (-1.4)    ...    keep "I sleep" and "We sleep"
-        step 3    I sleep <eos> (-1.0)  We sleep <eos> (-2.6)  We sleep well (-1.8)  ...  keep the first and the third
+        step 1    I (-0.4)              We (-1.3)              ...                      the 2 best first tokens
+        step 2    I sleep (-0.9)        I am (-1.5)            We sleep (-1.4)  ...     keep "I sleep" and "We sleep"
+        step 3    I sleep <eos> (-1.0)  We sleep <eos> (-2.6)  We sleep well (-1.8) ... keep the first and the third
+        step 4    I sleep <eos> (-1.0)  We sleep well <eos> (-2.0)  ...                 all have ended: the first wins
 
-    A hypothesis that has ended is extended by PAD at no cost, so it stays until better ones displace it. The
-    best are those with the highest score / length ** length_penalty (length includes <eos>): every token lowers
-    the score, so without the division short translations would be favored. beam = 1 is greedy decoding.
+    A hypothesis that has ended is extended by PAD at no cost, so it stays until better ones displace it. The best are
+    those with the highest score / length ** length_penalty, in step 4 -1.0 / 3 and -2.0 / 4: every token lowers the
+    score, so without the division short translations would be favored. beam = 1 is greedy decoding.
     """
     B, cache = len(src), {}
     memory, src_mask = (x.repeat_interleave(beam, dim=0) for x in model.encode(src))       # (B * beam, S, d_model)
-    tokens = torch.full((B * beam, 1), BOS, device=src.device)           # (B * beam, 1 + T)
+    tokens = torch.full((B * beam, 1), BOS, device=src.device)           # grows to (B * beam, 1 + T)
     scores = torch.full((B, beam), -math.inf, device=src.device)         # (B, beam) sums of log probabilities
-    scores[:, 0] = 0.0                          # all hypotheses start equal, so only the first is extended
+    scores[:, 0] = 0.0                          # all start equal: extending each would give `beam` copies
     lengths, ended = torch.zeros_like(scores), torch.zeros_like(scores, dtype=torch.bool)
     while tokens.size(1) < model.max_len and not ended.all():
         logits, _ = model.decode(tokens[:, -1:], memory, src_mask, cache)
@@ -498,7 +499,7 @@ def beam_search(model, src, beam, length_penalty=1.0):
         # row i continues the old row rows[i] and copies its tokens and cache; the rows of a sentence share one memory
         tokens = torch.cat([tokens[rows], token.view(-1, 1)], dim=1)
         cache = {module: (key[rows], value[rows]) for module, (key, value) in cache.items()}
-    return tokens.view(B, beam, -1)[:, 0, 1:]
+    return tokens.view(B, beam, -1)[:, 0, 1:]                            # topk sorts: the first is the best
 
 
 def translate(model, tokenizer, sentences, beam):
@@ -558,8 +559,9 @@ def alignment_accuracy(model, tokenizer, lines):
 
     For the input "<bos> The man", row 0 of the weights *produces* "The" and row 1 *consumes* it. Both can be read as
     the alignment of "The" (Chen et al. 2020, arXiv:2004.14837). Returns an accuracy (2, n_dec_layers, H): how often the
-    most attended source word (not <eos>) is right (for "saw": "hat" or "gesehen"), full stops excluded. Then the
-    accuracy of two baselines: a random source word (chance), and the word at the same position (diagonal).
+    most attended source word (not <eos>) is right (for "saw": "hat" or "gesehen"), given the reference translation,
+    whose full stop is not counted. Then the accuracy of two baselines: a random source word (chance), and the word at
+    the same position (diagonal).
     """
     device, hits, chance, diagonal, n_words = model.token_embedding.weight.device, 0, 0, 0, 0
     for german, english, alignment in lines:
@@ -570,7 +572,7 @@ def alignment_accuracy(model, tokenizer, lines):
         right = torch.tensor([[s in words for s in range(len(src))] for words in alignment[:-1]])        # (T, S)
         memory, src_mask = model.encode(pad([src + [EOS]], device))
         _, weights = model.decode(pad([[BOS] + tgt], device), memory, src_mask, need_weights=True)
-        attended = torch.cat(weights)[..., :-1].argmax(dim=-1).cpu()     # (n_dec_layers, H, T + 2) source words
+        attended = torch.cat(weights)[..., :-1].argmax(dim=-1).cpu()     # B = 1, so cat gives (n_dec_layers, H, T + 2)
         rows = torch.stack([attended[..., :T], attended[..., 1:T + 1]])  # (2, n_dec_layers, H, T)
         hits += right[torch.arange(T), rows].sum(dim=-1)
         chance += right.float().mean(dim=1).sum()
@@ -692,7 +694,8 @@ if __name__ == "__main__":
     if args.plot and args.line is None and not args.text:
         parser.error("--plot needs --line or --text")
     if args.line is not None or args.text:
-        sys.exit(translate_texts(args))
+        translate_texts(args)
+        sys.exit()
     if args.test:
         print(f"result: {test(args)} seconds={time.perf_counter() - start:.1f}")
         sys.exit()
