@@ -661,10 +661,10 @@ def translate_texts(args):
 
 
 OPTIONS = {  # training options whose defaults depend on the data: type, toy language, other data, help
-    "steps": (positive(int), 500, 9000, "training steps"),
-    "batch_tokens": (positive(int), 4000, 4000, "tokens in each batch, both languages together"),
+    "steps": (positive(int), 500, 12_000, "training steps"),
+    "batch_tokens": (positive(int), 4000, 2000, "tokens in each batch, both languages together"),
     "lr": (positive(float), 0.003, 0.0015, "peak learning rate"),
-    "dropout": (float, 0.1, 0.25, "dropout probability"),
+    "dropout": (float, 0.1, 0.2, "dropout probability"),
     "d_model": (positive(int), 64, 192, "width of the model"),
     "n_heads": (positive(int), 4, 4, "attention heads"),
     "n_enc_layers": (positive(int), 2, 3, "encoder blocks"),
