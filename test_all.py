@@ -636,7 +636,7 @@ def test_bleu_has_the_values_that_sacrebleu_prints(translations, references, exp
 # translate.py: the script
 
 TINY = ["--d_model", 16, "--n_heads", 2, "--n_enc_layers", 1, "--n_dec_layers", 1, "--merges", 50, "--lr", 0.01,
-        "--batch_tokens", 300]
+        "--batch_tokens", 300, "--beam", 1]
 
 
 @pytest.fixture
@@ -822,7 +822,7 @@ def test_resnet18_has_the_keys_shapes_and_sizes_of_torchvision():
 @pytest.fixture
 def script(tmp_path, monkeypatch):
     """A copy of saliency.py that evaluates fewer images."""
-    (tmp_path / "saliency.py").write_text(read("saliency.py").replace("make_images(1000)", "make_images(200)"), "utf-8")
+    (tmp_path / "saliency.py").write_text(read("saliency.py").replace("make_images(1000)", "make_images(120)"), "utf-8")
     monkeypatch.syspath_prepend(HERE)
     return tmp_path / "saliency.py"
 
