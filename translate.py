@@ -74,10 +74,7 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, d_model, n_heads):
         super().__init__()
         self.n_heads = n_heads
-        self.w_q = nn.Linear(d_model, d_model)
-        self.w_k = nn.Linear(d_model, d_model)
-        self.w_v = nn.Linear(d_model, d_model)
-        self.w_o = nn.Linear(d_model, d_model)
+        self.w_q, self.w_k, self.w_v, self.w_o = (nn.Linear(d_model, d_model) for _ in range(4))
 
     def split(self, x):
         """(B, T, d_model) -> (B, H, T, d_k)."""
@@ -104,8 +101,7 @@ class EncoderBlock(nn.Module):
         super().__init__()
         self.self_attention = MultiHeadAttention(d_model, n_heads)
         self.feed_forward = nn.Sequential(nn.Linear(d_model, 2 * d_model), nn.ReLU(), nn.Linear(2 * d_model, d_model))
-        self.norm1 = nn.LayerNorm(d_model)
-        self.norm2 = nn.LayerNorm(d_model)
+        self.norm1, self.norm2 = (nn.LayerNorm(d_model) for _ in range(2))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, mask):
@@ -122,9 +118,7 @@ class DecoderBlock(nn.Module):
         self.self_attention = MultiHeadAttention(d_model, n_heads)
         self.cross_attention = MultiHeadAttention(d_model, n_heads)
         self.feed_forward = nn.Sequential(nn.Linear(d_model, 2 * d_model), nn.ReLU(), nn.Linear(2 * d_model, d_model))
-        self.norm1 = nn.LayerNorm(d_model)
-        self.norm2 = nn.LayerNorm(d_model)
-        self.norm3 = nn.LayerNorm(d_model)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d_model) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, tgt_mask, memory, src_mask, cache=None, need_weights=False):
@@ -144,6 +138,7 @@ class TransformerModel(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, d_model)   # source, target and output share it (section 3.4)
         self.position_embedding = nn.Embedding(max_len, d_model)
         self.dropout = nn.Dropout(dropout)
+        self.token_dropout = nn.Dropout1d(dropout / 2)             # zeroes whole tokens (Sennrich and Zhang 2019)
         self.encoder = nn.ModuleList(EncoderBlock(d_model, n_heads, dropout) for _ in range(n_enc_layers))
         self.decoder = nn.ModuleList(DecoderBlock(d_model, n_heads, dropout) for _ in range(n_dec_layers))
         # The embedding is also the output layer. A logit is a dot product with d_model features of standard deviation
@@ -155,7 +150,7 @@ class TransformerModel(nn.Module):
     def embed(self, tokens, start=0):
         """Token plus position embeddings (B, T, d_model) of tokens (B, T) at positions start, start + 1, ..."""
         positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
-        x = self.token_embedding(tokens) * math.sqrt(self.token_embedding.embedding_dim)
+        x = self.token_dropout(self.token_embedding(tokens) * math.sqrt(self.token_embedding.embedding_dim))
         return self.dropout(x + self.position_embedding(positions))
 
     def encode(self, src):
@@ -661,10 +656,10 @@ def translate_texts(args):
 
 
 OPTIONS = {  # training options whose defaults depend on the data: type, toy language, other data, help
-    "steps": (positive(int), 500, 12_000, "training steps"),
+    "steps": (positive(int), 500, 22_000, "training steps"),
     "batch_tokens": (positive(int), 4000, 2000, "tokens in each batch, both languages together"),
     "lr": (positive(float), 0.003, 0.0015, "peak learning rate"),
-    "dropout": (float, 0.1, 0.2, "dropout probability"),
+    "dropout": (float, 0.1, 0.25, "dropout probability"),
     "d_model": (positive(int), 64, 192, "width of the model"),
     "n_heads": (positive(int), 4, 4, "attention heads"),
     "n_enc_layers": (positive(int), 2, 3, "encoder blocks"),
