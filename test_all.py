@@ -409,6 +409,11 @@ def test_the_logits_start_with_standard_deviation_1():
     assert logits.std().item() == pytest.approx(1, abs=0.15)
 
 
+def test_token_dropout_zeroes_whole_tokens():
+    dropped = translate.TransformerModel(20, 12, 8, 2, 1, 1, dropout=0.8).token_dropout(torch.ones(50, 4, 8))
+    assert (dropped == dropped[..., :1]).all() and 0.2 < (dropped == 0).float().mean() < 0.6
+
+
 def test_no_token_sees_a_later_one():
     model, src, tgt = transformer(), torch.randint(3, 20, (4, 7)), torch.randint(3, 20, (4, 6))
     changed = tgt.clone()
@@ -446,13 +451,10 @@ BY_HAND = """\
 2 Der König repariert den Regenschirm. | The king repairs the umbrella.
 3 Morgen kann die Maus einen müden König finden. | Tomorrow the mouse can find a tired king.
 4 Der kluge Lehrer hat gestern ein großes Radio gefunden. | The clever teacher found a big radio yesterday.
-5 Ein Mädchen fotografiert die Lampe. | A girl photographs the lamp.
 7 Den klugen Lehrer hat der König gestern besucht. | The king visited the clever teacher yesterday.
 9 Gestern hat das kluge Kind den Hund geweckt. | Yesterday the clever child woke the dog.
-11 Eine Katze kann heute den Vogel wecken. | A cat can wake the bird today.
 13 Einen klugen Mann hat das müde Kind gestern besucht. | The tired child visited a clever man yesterday.
 16 Den jungen Fuchs jagt die Katze. | The cat chases the young fox.
-17 Heute kann ein Bäcker den kleinen Regenschirm malen. | Today a baker can paint the small umbrella.
 19 Die freundliche Frau hat gestern die neue Uhr getragen. | The friendly woman carried the new clock yesterday."""
 
 

@@ -56,8 +56,9 @@ from attention import attention, download, parse_args, plot_attention, positive
 #           src: German, EOS (B, S)                   tgt: BOS, English so far (B, T)
 #
 # Read it from bottom to top; "memory" is the encoder's output. "add": the output of a sublayer is added to its input
-# (residual connection), then normalized (post-norm; parity.py is pre-norm). The model differs from the paper's in two
-# ways: positions are learned instead of sinusoidal, and the feed-forward network is only twice as wide as the model.
+# (residual connection), then normalized (post-norm; parity.py is pre-norm). The model differs from the paper's in three
+# ways: positions are learned instead of sinusoidal, the feed-forward network is only twice as wide as the model, and
+# word dropout hides whole tokens in training.
 
 PAD, BOS, EOS = 0, 1, 2     # padding, start of sentence, end of sentence
 MAX_LEN = 100               # number of positions
@@ -138,7 +139,7 @@ class TransformerModel(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, d_model)   # source, target and output share it (section 3.4)
         self.position_embedding = nn.Embedding(max_len, d_model)
         self.dropout = nn.Dropout(dropout)
-        self.token_dropout = nn.Dropout1d(dropout / 2)             # zeroes whole tokens (Sennrich and Zhang 2019)
+        self.token_dropout = nn.Dropout1d(dropout / 2)             # zeroes whole tokens (arXiv:1905.11901)
         self.encoder = nn.ModuleList(EncoderBlock(d_model, n_heads, dropout) for _ in range(n_enc_layers))
         self.decoder = nn.ModuleList(DecoderBlock(d_model, n_heads, dropout) for _ in range(n_dec_layers))
         # The embedding is also the output layer. A logit is a dot product with d_model features of standard deviation
