@@ -3,12 +3,10 @@ Train a Transformer encoder to tell whether a bit string has an odd number of on
 
 Parity looks trivial but is hard to learn: flipping any single bit flips the label, so no proper subset of the bits
 carries information, and the loss sits at ln 2 for a hundred steps before anything happens. There are no position
-embeddings, so the model cannot see the order of the bits, only the fraction of ones. Two things follow:
-
-- To the model the 1,024 strings of length 10 are just 11 inputs, so the accuracy on all of them can be computed, not
-  estimated. Validation proves little: nearly every validation string is a training string in another order.
-- Attention and pooling are weighted means, so a string and the same string written twice get the same logits. The
-  doubled one always has even parity, so no model of this family computes parity for all lengths.
+embeddings, so the model sees only the fraction of ones, not their order. To it the 1,024 strings of length 10 are just
+11 inputs, so the accuracy on all of them can be computed, not estimated. Validation proves little: nearly every
+validation string is a training string in another order. Attention and pooling are weighted means, so a string written
+twice gets the same logits, but its parity is always even: no model of this family computes parity for all lengths.
 
 $ python parity.py                # 2 blocks, width 8, 2,426 parameters
 $ python parity.py --d_model 16
@@ -87,8 +85,7 @@ class TransformerClassifier(nn.Module):
         self.classifier = nn.Sequential(nn.Linear(d_model, d_model), nn.SiLU(), nn.Linear(d_model, n_classes))
 
     def forward(self, tokens):                                              # (B, T)
-        x = self.token_embedding(tokens)                                    # (B, T, d_model)
-        x = self.transformer_model(x)                                       # (B, T, d_model)
+        x = self.transformer_model(self.token_embedding(tokens))            # (B, T, d_model)
         x = self.final_layer_norm(x).mean(dim=1)                            # (B, d_model)
         return self.classifier(x)                                           # (B, n_classes)
 
@@ -113,38 +110,31 @@ def exact_accuracy(model, seq_len):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# How small can it get? The difference of the two logits is a function f(c) of the number of ones c. To get all strings
-# right, it must change sign between any two neighboring counts: a sawtooth with 10 sign changes. Width 1 cannot work:
-# LayerNorm over a single feature returns its bias for any input, so all strings get equal logits. So with a block the
-# smallest candidate has width 2, everything else 1, and 58 parameters.
+# How small can it get? To get all strings right, f(c) must change sign between any two neighboring counts c: a sawtooth
+# with 10 sign changes. Width 1 cannot work: LayerNorm over a single feature returns its bias for any input, so all
+# strings get equal logits. So with a block the smallest candidate has width 2, everything else 1, and 58 parameters.
 #
 # Without a block, mean pooling over LayerNormed embeddings is linear in c, and the classifier on top is a network with
 # one input and n = d_model hidden units: f(c) = k + sum over j of a_j SiLU(u_j), with u_j = w_j c + b_j. How often can
 # it change sign? A ReLU adds one kink; SiLU(u) = u / (1 + e^-u) dips below zero before it rises, so it can do more.
 # Multiply f by all (1 + e^-u_j): this gives a sum of exponentials with polynomial coefficients, one for each subset of
 # the units, of degree 1 except one of degree 0. By Rolle's theorem such a sum has fewer real zeros than coefficients,
-# so f has at most 2^(n+1) - 2: 6, 14, 30 for n = 2, 3, 4. 20 parameters (width 2) cannot get all strings right. Whether
-# they can pass 0.95, which takes 6 sign changes, and whether 32 (width 3) can get all right, is open: the search finds
-# 5 and 7 sign changes (0.9453 and 0.9893).
-
+# so f has at most 2^(n+1) - 2: 6, 14, 30 for n = 2, 3, 4. 20 parameters (width 2) cannot get all strings right. Open:
+# can they pass 0.95 (6 sign changes), and can 32 (width 3) get all right? The search finds 5 and 7 sign changes.
 WIDTHS = [2, 3, 4, 5, 8]  # without a block
 # with blocks: d_model, d_key, n_heads, mlp_factor, n_layers, and the number of seeds
 WITH_BLOCKS = {(2, 1, 1, 1, 1): 256, (3, 1, 1, 1, 1): 64, (8, 4, 1, 1, 1): 16, (8, 8, 2, 4, 2): 4}
 
 
 def search(width, seq_len, n_starts=1500, rounds=10, steps=400):
-    """Search for the f(c) with the most strings right; returns it as a TransformerClassifier without blocks.
-
-    Most random starts end in poor local minima. So train many side by side, keep the best tenth, perturb, and repeat.
-    """
-    _, parities, fractions = one_string_per_count(seq_len)
-    signs, fractions = 2 * parities - 1, fractions.double()                 # (T+1,), f should be > 0 for odd counts
+    """Search for the f(c) with the most strings right; returns it as a TransformerClassifier without blocks."""
+    _, parities, fractions = (t.double() for t in one_string_per_count(seq_len))            # (T+1,) each
     s = torch.linspace(-1, 1, seq_len + 1, dtype=torch.double)              # (T+1,), the counts, scaled to [-1, 1]
     w = 20 * torch.randn(n_starts, width, dtype=torch.double)
     b = w * (2 * torch.rand_like(w) - 1)                                    # every SiLU bends somewhere in [-1, 1]
     a = torch.randn_like(w)
     k = torch.zeros(n_starts, 1, dtype=torch.double)
-    for i in range(rounds):
+    for i in range(rounds):  # most random starts end in poor local minima, so keep the best tenth, perturb, and repeat
         if i > 0:
             survivors = losses.argsort()[:n_starts // 10].repeat(10)
             noise = 0.3 if i < rounds - 1 else 0.03  # first explore, then refine
@@ -153,7 +143,7 @@ def search(width, seq_len, n_starts=1500, rounds=10, steps=400):
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps, cycle_momentum=False)
         for _ in range(steps):
             units = F.silu(w.unsqueeze(1) * s.unsqueeze(1) + b.unsqueeze(1))                # (n_starts, T+1, width)
-            margins = signs * ((units * a.unsqueeze(1)).sum(dim=-1) + k)    # (n_starts, T+1), > 0 is right
+            margins = (2 * parities - 1) * ((units * a.unsqueeze(1)).sum(dim=-1) + k)    # (n_starts, T+1), > 0 is right
             margins = margins / margins.abs().amax(dim=1, keepdim=True)     # only signs matter, so fix the scale
             losses = (fractions * F.softplus(-8 * margins)).sum(dim=1)      # (n_starts,)
             optimizer.zero_grad()
@@ -163,18 +153,15 @@ def search(width, seq_len, n_starts=1500, rounds=10, steps=400):
     accuracy = (fractions * (margins > 0.001)).sum(dim=1)                   # only logits that are clearly apart count
     best = (accuracy + 1e-4 * margins.abs().amin(dim=1)).argmax()           # ties: the largest smallest margin
     w, b, a, k = (p.detach()[best] for p in (w, b, a, k))
-
     # Write f into the real model. Embeddings that are opposite after LayerNorm, -u for 0 and u for 1, have mean s u.
     model = TransformerClassifier(2, 2, width, 1, 1, 1, 0).double()
-    first, _, last = model.classifier
-    with torch.no_grad():
-        u = torch.linspace(-1, 1, width, dtype=torch.double)
-        model.token_embedding.weight.copy_(torch.stack([-u, u]))
-        u = model.final_layer_norm(model.token_embedding.weight[1])         # (width,)
-        first.weight.copy_(torch.outer(w, u) / (u @ u))                     # times s u: w s
-        first.bias.copy_(b)
-        last.weight.copy_(torch.stack([-a / 2, a / 2]))                     # logit(odd) - logit(even) = f
-        last.bias.copy_(torch.cat([-k / 2, k / 2]))
+    u = torch.linspace(-1, 1, width, dtype=torch.double)
+    model.token_embedding.weight.data = torch.stack([-u, u])
+    u = model.final_layer_norm(u).detach()                                  # (width,)
+    model.classifier[0].weight.data = torch.outer(w, u) / (u @ u)           # times s u: w s
+    model.classifier[0].bias.data = b
+    model.classifier[2].weight.data = torch.stack([-a / 2, a / 2])          # logit(odd) - logit(even) = f
+    model.classifier[2].bias.data = torch.cat([-k / 2, k / 2])
     return model.float()
 
 
@@ -208,8 +195,7 @@ def train_many(sizes, n_seeds, seq_len, device, steps=2000, lr=0.01):
 def check_on_all_strings(model, seq_len):
     """Accuracy on all 2^T strings, in float64 to limit rounding, and the smallest difference between the two logits."""
     strings = torch.cartesian_prod(*[torch.arange(2)] * seq_len).view(-1, seq_len)          # (2^T, T)
-    with torch.no_grad():
-        logits = copy.deepcopy(model).double()(strings)                     # (2^T, 2)
+    logits = copy.deepcopy(model).double().requires_grad_(False)(strings)   # (2^T, 2)
     correct = logits.argmax(dim=1) == strings.sum(dim=1) % 2                # (2^T,)
     return correct.double().mean().item(), logits.diff(dim=1).abs().min().item()
 
@@ -227,7 +213,6 @@ def sweep(args):
         print("{:7} {:5} {:7} {:10} {:8} |".format(*sizes),
               f"{params:6} {accuracy:8.4f} {sign_changes:12} {apart:12.2g}", flush=True)
         results.append((params, accuracy, sizes, model))
-
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     for label, style, chosen in (("no block", "s--", results[:len(WIDTHS)]), ("blocks", "o-", results[len(WIDTHS):])):
         params, accuracies, *_ = zip(*chosen)
@@ -245,8 +230,7 @@ def sweep(args):
         path = os.path.join(args.out_dir, f"parity_{params}")
         torch.save({"sizes": sizes, "weights": model.state_dict()}, f"{path}.pt")
         plot_units(model, args.seq_len, f"{path}.png")
-    return [min((params for params, accuracy, *_ in results if accuracy >= threshold), default=None)
-            for threshold in (0.95, 1.0)]
+    return [min((params for params, accuracy, *_ in results if accuracy >= goal), default=None) for goal in (0.95, 1.0)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -270,8 +254,7 @@ def plot_units(model, seq_len, path):
     right.plot(c.tolist(), (units.sum(dim=1) + last.bias.diff()).tolist(), color="lightgrey")
     right.plot(range(0, seq_len + 1, 2), f[::2].tolist(), "o", label="even: should be below 0")
     right.plot(range(1, seq_len + 1, 2), f[1::2].tolist(), "^", label="odd: should be above 0")
-    right.set(title="their sum and a constant: f(c) = logit(odd) - logit(even)", xlabel="number of ones c")
-    right.margins(y=0.2)
+    right.set(title="their sum and a constant: f(c) = logit(odd) - logit(even)", xlabel="number of ones c", ymargin=0.2)
     right.legend(ncols=2, fontsize=8)
     figure.savefig(path, dpi=100)
     print(f"saved {path}")
@@ -306,8 +289,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=positive(int), default=650,
                         help="training steps at most; stops after 5 losses below 0.002 in a row")
     parser.add_argument("--batch_size", type=positive(int), default=800, help="strings in each step")
-    parser.add_argument("--sweep", action="store_true",
-                        help="find the smallest model instead; of the above uses only --seq_len")
+    parser.add_argument("--sweep", action="store_true", help="find the smallest model; of these uses only --seq_len")
     args = parse_args(parser)
     torch.set_num_threads(1)  # threading overhead dominates at this size
     if args.sweep:
@@ -320,13 +302,12 @@ if __name__ == "__main__":
     n_train = args.n_samples * 4 // 5
     sizes = args.d_model, args.d_key, args.n_heads, args.mlp_factor, args.n_layers
     model = TransformerClassifier(2, 2, *sizes).to(args.device)
-    n_params = sum(p.numel() for p in model.parameters())
-    print(f"{n_params:,} parameters, {n_train:,} strings to train on, {args.n_samples - n_train:,} to validate")
+    params = sum(p.numel() for p in model.parameters())
+    print(f"{params:,} parameters, {n_train:,} strings to train on, {args.n_samples - n_train:,} to validate")
 
     # The plateau: parity is uncorrelated with all polynomials of the count of degree below T, so until f is a sawtooth,
-    # gradients are tiny, and small batches would drown them in noise: by default a step takes all training strings.
-    # When it ends, gradients grow tenfold within a few steps. Adam's default beta2 = 0.999 averages their squares over
-    # about 1,000 steps. This average lags behind, and the update overshoots. 0.9 adapts in ten steps.
+    # gradients are tiny, and small batches drown them in noise. Then they grow tenfold within a few steps. The default
+    # beta2 = 0.999 averages their squares over 1,000 steps, lags behind, and the update overshoots. 0.9 adapts in ten.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.9))
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, cycle_momentum=False)
     strings, _, _ = one_string_per_count(args.seq_len, args.device)         # (T+1, T)
@@ -358,5 +339,4 @@ if __name__ == "__main__":
     print(f"saved {path}")
     if args.n_layers > 0:
         plot_heads(model, args.seq_len, os.path.join(args.out_dir, "parity_heads.png"))
-    print(f"result: accuracy_val={accuracy_val:.4f} accuracy_all={accuracy_all:.4f} params={n_params} "
-          f"seconds={time.perf_counter() - start:.1f}")
+    print(f"result: {accuracy_val=:.4f} {accuracy_all=:.4f} {params=} seconds={time.perf_counter() - start:.1f}")

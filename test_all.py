@@ -362,27 +362,23 @@ def transformer(vocab_size=20, max_len=12, n_layers=2, dropout=0.0):
     return wild(translate.TransformerModel(vocab_size, max_len, 8, 2, n_layers, n_layers, dropout)).eval()
 
 
-def copy_attention(ours, theirs):
-    """Give our attention the weights of an nn.MultiheadAttention."""
-    with torch.no_grad():
-        for name in ("weight", "bias"):
-            for layer, rows in zip((ours.w_q, ours.w_k, ours.w_v), getattr(theirs, f"in_proj_{name}").chunk(3)):
-                getattr(layer, name).copy_(rows)
-    ours.w_o.load_state_dict(theirs.out_proj.state_dict())
-
-
-def copy_the_rest(ours, theirs):
-    """Give our block the weights of the feed-forward network and the LayerNorms of one of torch's layers."""
-    ours.feed_forward[0].load_state_dict(theirs.linear1.state_dict())
-    ours.feed_forward[2].load_state_dict(theirs.linear2.state_dict())
-    for name in [name for name, _ in ours.named_children() if name.startswith("norm")]:
-        getattr(ours, name).load_state_dict(getattr(theirs, name).state_dict())
+def copy_weights(ours, theirs):
+    """Give our block the weights of one of torch's layers."""
+    renamed = {"self_attn": "self_attention", "multihead_attn": "cross_attention", "out_proj": "w_o",
+               "linear1": "feed_forward.0", "linear2": "feed_forward.2"}
+    weights = {}
+    for name, tensor in theirs.state_dict().items():
+        for old, new in renamed.items():
+            name = name.replace(old, new)
+        layers = ["w_q.", "w_k.", "w_v."] if "in_proj_" in name else [""]
+        for layer, rows in zip(layers, tensor.chunk(len(layers))):
+            weights[name.replace("in_proj_", layer)] = rows
+    ours.load_state_dict(weights)                                        # an error if one is missing or left over
 
 
 def test_the_encoder_block_equals_torch():
     theirs, ours = wild(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)), translate.EncoderBlock(8, 2, 0.0)
-    copy_attention(ours.self_attention, theirs.self_attn)
-    copy_the_rest(ours, theirs)
+    copy_weights(ours, theirs)
     x, real = torch.randn(3, 5, 8), torch.arange(5) < torch.tensor([[5], [2], [4]])
     expected = theirs(x, src_key_padding_mask=~real)
     assert torch.allclose(ours(x, real[:, None, None, :])[real], expected[real], atol=1e-5)
@@ -391,9 +387,7 @@ def test_the_encoder_block_equals_torch():
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_the_decoder_block_equals_torch(need_weights):
     theirs, ours = wild(nn.TransformerDecoderLayer(8, 2, 16, 0.0, batch_first=True)), translate.DecoderBlock(8, 2, 0.0)
-    copy_attention(ours.self_attention, theirs.self_attn)
-    copy_attention(ours.cross_attention, theirs.multihead_attn)
-    copy_the_rest(ours, theirs)
+    copy_weights(ours, theirs)
     x, memory, causal = torch.randn(3, 5, 8), torch.randn(3, 7, 8), torch.ones(5, 5).tril().bool()
     real = torch.arange(7) < torch.tensor([[7], [2], [4]])
     expected = theirs(x, memory, tgt_mask=~causal, memory_key_padding_mask=~real)
@@ -436,9 +430,8 @@ def test_decoding_with_the_cache_token_by_token_equals_decoding_at_once():
     src[1, 5:] = 0
     memory, src_mask = model.encode(src)
     expected, _ = model.decode(tgt, memory, src_mask)
-    cache, logits = {}, []
-    for part in tgt.split([1, 1, 3, 1], dim=1):                          # one token or several at a time
-        logits.append(model.decode(part, memory, src_mask, cache)[0])
+    cache = {}                                                           # for one token or several at a time
+    logits = [model.decode(part, memory, src_mask, cache)[0] for part in tgt.split([1, 1, 3, 1], dim=1)]
     assert torch.allclose(torch.cat(logits, dim=1), expected, atol=1e-5)
     assert {tuple(key.shape) for key, _ in cache.values()} == {(3, 2, 6, 4), (3, 2, 7, 4)}    # T = 6 and S = 7
 
@@ -451,10 +444,13 @@ BY_HAND = """\
 2 Der König repariert den Regenschirm. | The king repairs the umbrella.
 3 Morgen kann die Maus einen müden König finden. | Tomorrow the mouse can find a tired king.
 4 Der kluge Lehrer hat gestern ein großes Radio gefunden. | The clever teacher found a big radio yesterday.
+5 Ein Mädchen fotografiert die Lampe. | A girl photographs the lamp.
 7 Den klugen Lehrer hat der König gestern besucht. | The king visited the clever teacher yesterday.
 9 Gestern hat das kluge Kind den Hund geweckt. | Yesterday the clever child woke the dog.
+11 Eine Katze kann heute den Vogel wecken. | A cat can wake the bird today.
 13 Einen klugen Mann hat das müde Kind gestern besucht. | The tired child visited a clever man yesterday.
 16 Den jungen Fuchs jagt die Katze. | The cat chases the young fox.
+17 Heute kann ein Bäcker den kleinen Regenschirm malen. | Today a baker can paint the small umbrella.
 19 Die freundliche Frau hat gestern die neue Uhr getragen. | The friendly woman carried the new clock yesterday."""
 
 
@@ -470,18 +466,14 @@ def toy():
     return [translate.toy_pair(n) for n in range(1, translate.N_TOY_LINES + 1)]
 
 
-def test_every_german_sentence_has_one_translation_over_all_lines(toy):
-    translations = {}
+def test_every_german_sentence_has_one_translation_and_der_and_den_alone_decide_who_does_what(toy):
+    translations, n = {}, 0
     for german, english, _ in toy:
         assert translations.setdefault(german, english) == english
     assert len(translations) > 100_000
-
-
-def test_der_and_den_alone_decide_who_does_what(toy):
-    pairs, n = {german: english for german, english, _ in toy}, 0
-    for german, english in pairs.items():
+    for german, english in translations.items():
         match = re.fullmatch(r"Den (\w+) (\w+) der (\w+)\.", german)
-        exchanged = match and pairs.get("Der {} {} den {}.".format(*match.groups()))
+        exchanged = match and translations.get("Der {} {} den {}.".format(*match.groups()))
         if exchanged:
             the, a, verb, _, b = english.rstrip(".").split()
             assert exchanged == f"{the} {b} {verb} the {a}."
@@ -512,8 +504,7 @@ def test_multi30k_is_read_from_its_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.makedirs("data/multi30k")
     for language, text in (("de", "Ein Hund.\nZwei Äpfel.\n"), ("en", "A dog.\nTwo apples.\n")):
-        with gzip.open(f"data/multi30k/val.{language}.gz", "wt", encoding="utf-8") as file:
-            file.write(text)
+        (tmp_path / f"data/multi30k/val.{language}.gz").write_bytes(gzip.compress(text.encode("utf-8")))
     assert translate.load_pairs("multi30k", "val") == [("Ein Hund.", "A dog."), ("Zwei Äpfel.", "Two apples.")]
 
 
@@ -526,26 +517,23 @@ def test_a_text_file_is_split_into_three_disjoint_parts(tmp_path):
     assert not {german for german, _ in parts["train"]} & {german for german, _ in parts["val"] + parts["test"]}
 
 
-@pytest.mark.parametrize("content, message", [(b"A dog.\tEin Hund.\nno tab\n", "line 2: expected English, a tab"),
-                                              (b"", "line 1"), (b"\xff", "cannot read .*utf-8"), (None, "No such file"),
-                                              (b"A dog.\tEin Hund.\n", "part is empty")])
+@pytest.mark.parametrize("content, message", [
+    (b"A dog.\tEin Hund.\nno tab\n", "line 2: expected English, a tab"), (b"", "line 1"),
+    (b"\xff", "cannot read .*utf-8"), (b"A dog.\tEin Hund.\n", "part is empty")])
 def test_a_bad_text_file_gives_one_clear_sentence(content, message, tmp_path):
-    if content is not None:
-        (tmp_path / "pairs.tsv").write_bytes(content)
+    (tmp_path / "pairs.tsv").write_bytes(content)
     with pytest.raises(SystemExit, match=message):
         [translate.load_pairs(tmp_path / "pairs.tsv", part) for part in ("val", "test")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# translate.py: tokens, batches, loss
-
-TEXTS = ["Der Hund läuft durch den Schnee.", "  two  spaces\n\ttab ", "", "日本語 🙂 \ud800 lone", "aaaa a aa", "\x00\r\n"]
-
-
+# translate.py: tokens, batches, loss, decoding, BLEU
 @pytest.mark.parametrize("n_merges", [0, 5, 500])
 def test_encoding_loses_nothing(n_merges):
-    tokenizer = translate.Tokenizer(translate.learn_merges(TEXTS * 2, n_merges))
-    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in TEXTS)
+    texts = ["Der Hund läuft durch den Schnee.", "  two  spaces\n\ttab ", "", "日本語 🙂 \ud800 lone", "aaaa a aa",
+             "\x00\r\n"]
+    tokenizer = translate.Tokenizer(translate.learn_merges(texts * 2, n_merges))
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts)
     assert tokenizer.decode([translate.EOS, 258, translate.PAD]) == "\ufffd"       # byte 255 is not UTF-8
 
 
@@ -574,19 +562,16 @@ def test_an_epoch_has_every_sentence_once_and_little_padding():
 
 def test_label_smoothing_is_the_formula_and_padding_has_no_loss():
     model, examples = transformer(), [([5, 6, 2], [1, 7, 8, 9, 2]), ([5, 2], [1, 4, 2])]
-    for smoothing in (0.0, 0.1):
+    for smoothing in (0.1, 0.0):
         expected = 0.0
         for src, tgt in examples:
             log_p = model(torch.tensor([src]), torch.tensor([tgt[:-1]]))[0][0].log_softmax(dim=-1)     # (T, V)
             target = (1 - smoothing) * F.one_hot(torch.tensor(tgt[1:]), 20) + smoothing / 20
             expected -= (target * log_p).sum().item()
         assert translate.batch_loss(model, examples, "cpu", smoothing).item() == pytest.approx(expected, rel=1e-4)
-    assert translate.validation_loss(model, examples, "cpu") == pytest.approx(
-        translate.batch_loss(model, examples, "cpu").item() / 6, rel=1e-4)
+    assert translate.validation_loss(model, examples, "cpu") == pytest.approx(expected / 6, rel=1e-4)     # 6 targets
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# translate.py: decoding, BLEU, alignment
 def plain_beam_search(model, src, beam):
     """Beam search for one sentence with lists and without a cache."""
     hypotheses = [([translate.BOS], 0.0, 0.0)]
@@ -637,8 +622,7 @@ def test_bleu_has_the_values_that_sacrebleu_prints(translations, references, exp
 # ----------------------------------------------------------------------------------------------------------------------
 # translate.py: the script
 
-TINY = ["--d_model", 16, "--n_heads", 2, "--n_enc_layers", 1, "--n_dec_layers", 1, "--merges", 50, "--lr", 0.01,
-        "--batch_tokens", 300, "--beam", 1]
+TINY = "--d_model 16 --n_heads 2 --n_enc_layers 1 --n_dec_layers 1 --merges 50 --lr 0.01 --batch_tokens 300 --beam 1"
 
 
 @pytest.fixture
@@ -655,7 +639,7 @@ def weights_of(folder, name="translate_pairs.tsv.pt"):
 
 
 def test_the_script_learns_and_its_weights_translate(pairs_file, tmp_path):
-    values, output = run("translate.py", *TINY, "--data", pairs_file, "--steps", 40, "--out_dir", tmp_path)
+    values, output = run("translate.py", *TINY.split(), "--data", pairs_file, "--steps", 40, "--out_dir", tmp_path)
     first, uniform = map(float, re.search(r"step 0: loss ([\d.]+), uniform .+ = ([\d.]+)", output).groups())
     assert abs(first - uniform) < 1 and values["loss"] < first - 1.5
     assert set(result_of(output)) == {"exact", "bleu", "params", "seconds"}
@@ -667,14 +651,12 @@ def test_the_script_learns_and_its_weights_translate(pairs_file, tmp_path):
 
 
 def test_a_killed_training_is_resumed_bit_for_bit_and_never_overwritten(pairs_file, tmp_path):
-    options = [*map(str, TINY), "--dropout", "0.1", "--data", str(pairs_file), "--steps", "10"]
+    options = [*TINY.split(), "--dropout", "0.1", "--data", str(pairs_file), "--steps", "10", "--device", "cpu"]
     run("translate.py", *options, "--out_dir", tmp_path / "whole")
     killed = ["--out_dir", str(tmp_path / "killed")]
     process = subprocess.Popen([sys.executable, os.path.join(HERE, "translate.py"), *options, *killed],
                                stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for line in process.stdout:
-        if line.startswith("step 5:"):
-            break
+    assert any(line.startswith("step 5:") for line in process.stdout)
     process.kill()
     process.communicate()
     assert os.listdir(tmp_path / "killed") != ["translate_pairs.tsv.pt"]
@@ -692,7 +674,7 @@ def test_a_killed_training_is_resumed_bit_for_bit_and_never_overwritten(pairs_fi
 
 
 def test_two_processes_train_like_one(pairs_file, tmp_path, monkeypatch):
-    options = [*map(str, TINY), "--dropout", "0", "--data", str(pairs_file), "--steps", "4"]
+    options = [*TINY.split(), "--dropout", "0", "--data", str(pairs_file), "--steps", "4"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -714,8 +696,7 @@ def test_two_processes_train_like_one(pairs_file, tmp_path, monkeypatch):
 
 
 def test_the_shipped_weights_translate(tmp_path, monkeypatch):
-    sizes = [os.path.getsize(os.path.join(HERE, "assets", f"translate_{data}.pt")) for data in ("toy", "multi30k")]
-    assert max(sizes) < 8e6
+    assert all(os.path.getsize(os.path.join(HERE, f"assets/translate_{data}.pt")) < 8e6 for data in ("toy", "multi30k"))
     monkeypatch.setattr(sys, "stdin", io.StringIO("Zwei Männer spielen Fußball.\n\nEin Hund läuft durch den Schnee.\n"))
     _, output = run("translate.py", "--text", "-", "--out_dir", tmp_path)
     assert re.fullmatch(r"Two men .*play.* soccer\.\n\nA dog .*run.* through the snow\.\n", output)
@@ -724,19 +705,6 @@ def test_the_shipped_weights_translate(tmp_path, monkeypatch):
     model, tokenizer = translate.load_model("toy", tmp_path, "cpu")
     accuracy, chance, diagonal = translate.alignment_accuracy(model, tokenizer, translate.toy_lines("test", 1500))
     assert accuracy.max() > 0.85 > diagonal > chance
-
-
-class Code:
-    """What a pickle may contain: a function call, executed when the file is loaded."""
-    def __reduce__(self):
-        return print, ("the pickle ran its code",)
-
-
-def test_weights_that_contain_code_are_not_executed(tmp_path, capsys):
-    torch.save(Code(), tmp_path / "translate_toy.pt")
-    with pytest.raises(Exception, match="[Ww]eights"):
-        run("translate.py", "--line", 7, "--out_dir", tmp_path)
-    assert "ran" not in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -891,7 +859,7 @@ MISTAKES = [
     ("translate.py", "--plot", "--plot needs --line or --text"),
     ("translate.py", "--resume --line 7", "argument --line: not allowed with argument --resume"),
     ("translate.py", "--resume", "there is nothing to resume"),
-    ("translate.py", "--data missing.tsv", "cannot read missing.tsv"),
+    ("translate.py", "--data missing.tsv", "cannot read missing.tsv: [Errno 2] No such file or directory"),
     ("translate.py", "--data missing.tsv --test", "no weights for missing.tsv: train them with"),
     ("saliency.py", "--eps=-0.1", "argument --eps: invalid positive float value: '-0.1'"),
     ("saliency.py", "--image photo.jpg", "--image needs --weights"),
@@ -906,6 +874,22 @@ def test_a_likely_mistake_gives_one_clear_sentence_and_leaves_no_file(script, op
     assert message in capsys.readouterr().err + str(stop.value.code)
     assert stop.value.code == 2 or isinstance(stop.value.code, str)        # a str is printed, and the status is 1
     assert not list(tmp_path.iterdir())
+
+
+class Code:
+    """What a pickle may contain: a function call, executed when the file is loaded."""
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("script, option, name", [("counting.py", "--sequence=0", "counting_sigmoid.pt"),
+                                                  ("translate.py", "--line=7", "translate_toy.pt")])
+def test_weights_that_contain_code_are_not_executed(script, option, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Code(), name)
+    with pytest.raises(Exception, match="Weights only load failed"):
+        run(script, option, "--out_dir", tmp_path)
+    assert not os.path.exists("executed")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

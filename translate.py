@@ -1,11 +1,11 @@
 """
-Translate German to English with the Transformer of "Attention Is All You Need": encoder, decoder, training, decoding.
+Translate German to English with the Transformer of "Attention Is All You Need" (Vaswani et al. 2017, arXiv:1706.03762).
 
 The encoder reads the German sentence. The decoder writes the English one token by token, and cross-attention lets each
-step attend to the German tokens. There are two data sets. The toy language is a small German grammar in which the
-object may come first, marked by its article (den, einen). It trains in a minute, and since the right source word of
-every target word is known, we can measure how well each attention head aligns. Multi30k has 29,000 real sentence pairs.
-The weights of both are in assets/, so only the first two commands train. Newly trained ones in --out_dir come first.
+step attend to the German tokens. The toy language is a small German grammar in which the object may come first, marked
+by its article (den, einen). It trains in a minute, and since the right source word of every target word is known, we
+can measure how well each attention head aligns. Multi30k has 29,000 real sentence pairs. The weights of both are in
+assets/, so only the first two commands train. Newly trained ones in --out_dir come first.
 
 $ python translate.py                                           # train on the toy language
 $ python translate.py --data multi30k                           # train on Multi30k
@@ -13,8 +13,6 @@ $ python translate.py --test --line=7 --plot                    # translate line
 $ python translate.py --test                                    # exact matches, BLEU, alignment of every head
 $ python translate.py --data multi30k --test                    # BLEU on test_2016_flickr
 $ python translate.py --text "Ein Hund läuft durch den Schnee." # any text, with the weights trained on Multi30k
-
-Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762
 """
 
 import argparse
@@ -40,7 +38,6 @@ from attention import attention, download, parse_args, plot_attention, positive
 # The Transformer (Figure 1 of the paper). B sentences, S source and T target tokens, H heads of width d_k = d_model/H.
 #
 #                                                          logits (B, T, vocab_size)
-#                                                                     |
 #                                                        token embedding, transposed
 #                                                                     |
 #                memory (B, S, d_model) --.     +-- DecoderBlock -----|-----------------+
@@ -52,25 +49,18 @@ from attention import attention, download, parse_args, plot_attention, positive
 #    |           self-attention        |        |     causal self-attention             |
 #    +-------------------|-------------+        +---------------------|-----------------+
 #           token + position embedding                   token + position embedding
-#                        |                                            |
 #           src: German, EOS (B, S)                   tgt: BOS, English so far (B, T)
 #
-# Read it from bottom to top; "memory" is the encoder's output. "add": the output of a sublayer is added to its input
-# (residual connection), then normalized (post-norm; parity.py is pre-norm). The model differs from the paper's in three
-# ways: positions are learned instead of sinusoidal, the feed-forward network is only twice as wide as the model, and
-# word dropout hides whole tokens in training.
+# Read it from bottom to top. "add & LayerNorm" adds a sublayer's output to its input (residual connection), then
+# normalizes (post-norm; parity.py is pre-norm). In the paper positions are sinusoidal instead of learned, the
+# feed-forward network is four times as wide as the model instead of twice, and no word dropout hides whole tokens.
 
 PAD, BOS, EOS = 0, 1, 2     # padding, start of sentence, end of sentence
 MAX_LEN = 100               # number of positions
 
 
 class MultiHeadAttention(nn.Module):
-    """Queries from x (B, T, d_model), keys and values from memory (B, S, d_model), which is x in self-attention.
-
-    Returns (B, T, d_model) and the attention weights (B, H, T, S) or None (section 3.2.2). While a sentence is decoded
-    token by token, `cache` is a dict from each MultiHeadAttention of the decoder to its keys and values. Self-attention
-    appends those of the new tokens. Cross-attention computes them once, because the source does not change.
-    """
+    """Queries from x (B, T, d_model), keys and values from memory (B, S, d_model), which is x in self-attention."""
 
     def __init__(self, d_model, n_heads):
         super().__init__()
@@ -82,6 +72,8 @@ class MultiHeadAttention(nn.Module):
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
     def forward(self, x, memory, mask=None, cache=None, need_weights=False):
+        # For decoding token by token, cache maps each MultiHeadAttention to its keys and values. Self-attention appends
+        # those of the new tokens. Cross-attention computes them once, because the source does not change.
         query = self.split(self.w_q(x))                                    # (B, H, T, d_k)
         if cache and self in cache and memory is not x:  # cross-attention, after the first token
             key, value = cache[self]                                       # (B, H, S, d_k)
@@ -92,7 +84,7 @@ class MultiHeadAttention(nn.Module):
             if cache is not None:
                 cache[self] = key, value
         output, weights = attention(query, key, value, mask, need_weights=need_weights)   # (B, H, T, d_k)
-        return self.w_o(output.transpose(1, 2).flatten(2)), weights        # (B, T, d_model), (B, H, T, S)
+        return self.w_o(output.transpose(1, 2).flatten(2)), weights        # (B, T, d_model), (B, H, T, S) or None
 
 
 class EncoderBlock(nn.Module):
@@ -142,9 +134,8 @@ class TransformerModel(nn.Module):
         self.token_dropout = nn.Dropout1d(dropout / 2)             # zeroes whole tokens (arXiv:1905.11901)
         self.encoder = nn.ModuleList(EncoderBlock(d_model, n_heads, dropout) for _ in range(n_enc_layers))
         self.decoder = nn.ModuleList(DecoderBlock(d_model, n_heads, dropout) for _ in range(n_dec_layers))
-        # The embedding is also the output layer. A logit is a dot product with d_model features of standard deviation
-        # 1 (they come from a LayerNorm), so with this scale the logits start with standard deviation 1. Only the logit
-        # of the input token is larger, because the residual connections carry its embedding through all blocks.
+        # The embedding is also the output layer. Its d_model inputs have standard deviation 1 (LayerNorm), so with this
+        # scale the logits do, too, except that of the input token: residual connections carry its embedding through.
         nn.init.normal_(self.token_embedding.weight, std=d_model ** -0.5)
         nn.init.normal_(self.position_embedding.weight, std=0.5)
 
@@ -163,15 +154,12 @@ class TransformerModel(nn.Module):
         return x, src_mask
 
     def decode(self, tgt, memory, src_mask, cache=None, need_weights=False):
-        """Logits (B, T, vocab_size) and a list with the cross-attention weights (B, H, T, S) of every decoder block.
-
-        With a cache (at first an empty dict), tgt holds only the tokens since the last call: none is computed twice.
-        """
-        start = cache[self.decoder[0].self_attention][0].size(2) if cache else 0
+        """Logits (B, T, vocab_size) and a list with the cross-attention weights (B, H, T, S) of every decoder block."""
+        start = cache[self.decoder[0].self_attention][0].size(2) if cache else 0    # tokens already in the cache
         #   1 0 0 0    The causal mask, 1 = may attend. Row i is the query at position i, which predicts token i + 1 and
         #   1 1 0 0    attends to tokens 0 ... i only, so all positions train in parallel. Padding follows the real
-        #   1 1 1 0    tokens, so none of them sees it, and the loss ignores its rows. With a cache we need only the
-        #   1 1 1 1    rows of the new tokens: if tokens 0, 1 and 2 are cached, the last row.
+        #   1 1 1 0    tokens, so none of them sees it, and the loss ignores its rows. With a cache, tgt holds only the
+        #   1 1 1 1    tokens since the last call, so we need only their rows: the last if tokens 0, 1, 2 are cached.
         end = start + tgt.size(1)
         tgt_mask = torch.ones(end, end, dtype=torch.bool, device=tgt.device).tril()[start:]        # (T, end)
         x, weights = self.embed(tgt, start), []
@@ -186,18 +174,18 @@ class TransformerModel(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The toy language. In English the object is known by its position. German marks a masculine object by its article (den,
-# einen), so it may come first. The finite verb is the second element, and a participle or infinitive comes last:
+# Data: the toy language, Multi30k, and text files of your own
+#
+# In English the object is known by its position. German marks a masculine object by its article (den, einen). In the
+# toy language only such an object may come first, so every German sentence has one translation, and only if the subject
+# is definite ("Den Mann sieht ein Hund" sounds odd). The finite verb is the second element, and a participle or
+# infinitive comes last:
 #
 #     Der Mann sieht den Hund.                      The man sees the dog.
 #     Den Mann sieht der Hund.                      The dog sees the man.
 #     Gestern hat die Ärztin einen Vogel gehört.    Yesterday the doctor heard a bird.
-#
-# An object comes first only if it is masculine, so that every German sentence has one translation, and only if the
-# subject is definite ("Den Mann sieht ein Hund" sounds odd).
 
 N_TOY_LINES = 209_773  # the lines that --line accepts; training uses most of the first 100,000
-
 NOUNS = {kind: [entry.split() for entry in entries.split(", ")] for kind, entries in {    # German, gender, English
     "person": "König m king, Lehrer m teacher, Mann m man, Bäcker m baker, Ingenieur m engineer, Frau f woman, "
               "Ärztin f doctor, Königin f queen, Künstlerin f artist, Kind n child, Mädchen n girl",
@@ -233,7 +221,6 @@ def toy_pair(n):
     draw = random.Random(n).random  # a sequence that is the same in every version of Python
 
     def pick(options):
-        """A random element of a list."""
         return options[int(draw() * len(options))]
 
     def noun_phrase(role, noun, kind, definite):
@@ -261,7 +248,6 @@ def toy_pair(n):
         ("kann", [("last", infinitive)], [("finite", "can"), ("last", base)], ["heute today", "morgen tomorrow", ""])])
     words = pick(adverbs).split()
     adverb = [("adverb", *words)] if words else []
-
     first = pick(["subject"] + ["object"] * (object_noun[1] == "m" and subject_definite) + ["adverb"] * len(adverb))
     parts = {"subject": subject, "adverb": adverb, "object": object_}
     german = [*parts.pop(first), ("finite", finite), *itertools.chain(*parts.values()), *last, (".", ".")]
@@ -284,9 +270,6 @@ def toy_lines(part, n_lines):
     return list(lines.values())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: Multi30k, and text files of your own
-
 MULTI30K_URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
 MULTI30K_SHA256 = {
     "train.de.gz": "726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6",
@@ -298,13 +281,9 @@ MULTI30K_SHA256 = {
 
 
 def load_pairs(data, part):
-    """(German, English) pairs of the part "train", "val" or "test" of "toy", "multi30k" or a text file.
-
-    A line of a text file, in UTF-8, is English, a tab, German; further columns are ignored. "all" returns every line.
-    """
+    """(German, English) pairs of the part "train", "val" or "test" of "toy", "multi30k" or a text file (also "all")."""
     if data == "toy":  # as many lines as each part needs
-        n_lines = {"train": 100_000, "val": 10_000, "test": 30_000}[part]
-        return [(german, english) for german, english, _ in toy_lines(part, n_lines)]
+        return [line[:2] for line in toy_lines(part, {"train": 100_000, "val": 10_000, "test": 30_000}[part])]
     if data == "multi30k":  # Elliott et al. 2016, https://arxiv.org/abs/1605.00459
         texts = []
         for language in ("de", "en"):
@@ -320,7 +299,7 @@ def load_pairs(data, part):
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"cannot read {data}: {error}")
     pairs = []
-    for n, line in enumerate(lines, start=1):
+    for n, line in enumerate(lines, start=1):                            # English, a tab, German, perhaps more columns
         english, german = ([column.strip() for column in line.split("\t")] + [""])[:2]
         if not (english and german):
             sys.exit(f"{data}, line {n}: expected English, a tab and German, found {line[:40]!r}")
@@ -333,7 +312,6 @@ def load_pairs(data, part):
 # Tokens: byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). Every text is a sequence of
 # bytes, so 256 tokens can represent any of them. Then the most frequent pair of adjacent tokens becomes a new token,
 # repeatedly, so frequent words become single tokens: " H" "und" becomes " Hund".
-
 WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")      # merges stay within a word; the space before a word belongs to it
 FIRST_BYTE = EOS + 1                            # tokens: PAD, BOS, EOS, the 256 bytes, then one for each merge
 
@@ -363,9 +341,8 @@ def learn_merges(texts, n_merges):
         pair = min(pair for pair, n in counts.items() if n == most)      # ties: the smallest pair
         for i in where.pop(pair):                                        # only the counts in these words change
             old, n = words[i]
-            new = merge(old, pair, FIRST_BYTE + 256 + len(merges))
-            words[i] = new, n
-            for tokens, change in (old, -n), (new, n):
+            words[i] = merge(old, pair, FIRST_BYTE + 256 + len(merges)), n
+            for tokens, change in (old, -n), words[i]:
                 for p in zip(tokens, tokens[1:]):
                     counts[p] += change
                     where[p].add(i)
@@ -407,13 +384,10 @@ class Tokenizer:
 # ----------------------------------------------------------------------------------------------------------------------
 # Training: batches and loss
 def make_batches(examples, batch_tokens, seed):
-    """Endless batches: lists of indices of examples (src, tgt), about `batch_tokens` tokens each, padding included.
-
-    Sentences of similar length share a batch, so there is little padding. Adding 0 or 1 to the lengths at random makes
-    the batches of every epoch different. They depend only on the seed, so a resumed run can skip those already done.
-    """
+    """Endless batches: lists of indices of examples (src, tgt), about `batch_tokens` tokens each, padding included."""
     for epoch in itertools.count():
         rng = random.Random(seed + epoch)
+        # similar lengths share a batch, for little padding; adding 0 or 1 to them at random makes every epoch different
         order = sorted((int(len(tgt) + 2 * rng.random()), len(src), i) for i, (src, tgt) in enumerate(examples))
         batches, longest = [[]], 0
         for _, _, i in order:
@@ -434,14 +408,11 @@ def pad(rows, device):
 
 
 def batch_loss(model, examples, device, label_smoothing=0.0):
-    """Cross-entropy, summed over all target tokens of a batch that are not padding.
-
-    The decoder reads tgt without its last token and predicts tgt without its first. Label smoothing (section 5.4)
-    spreads a fraction `label_smoothing` of the target's probability over all tokens. That keeps the model from becoming
-    overconfident, and it raises the loss, whose minimum is now the entropy of the smoothed target.
-    """
+    """Cross-entropy, summed over all target tokens of a batch that are not padding."""
     src, tgt = (pad(side, device) for side in zip(*examples))            # (B, S), (B, T + 1)
-    logits, _ = model(src, tgt[:, :-1], need_weights=False)              # (B, T, vocab_size)
+    logits, _ = model(src, tgt[:, :-1], need_weights=False)              # (B, T, vocab_size), predicts tgt[:, 1:]
+    # Label smoothing (section 5.4) spreads a fraction of the target's probability over all tokens. That keeps the model
+    # from becoming overconfident, and it raises the loss, whose minimum is now the entropy of the smoothed target.
     return F.cross_entropy(logits.flatten(0, 1), tgt[:, 1:].flatten(), ignore_index=PAD, reduction="sum",
                            label_smoothing=label_smoothing)
 
@@ -459,20 +430,15 @@ def validation_loss(model, examples, device):
 # Decoding, and BLEU, the score of translations
 @torch.no_grad()
 def beam_search(model, src, beam, length_penalty=1.0):
-    """The best translation found for each sentence of src (B, S): tokens (B, T) up to EOS (or max_len), then PAD.
-
-    A hypothesis is a partial translation, its score the sum of the log probabilities of its tokens. Every step extends
-    each hypothesis by every token and keeps the `beam` best results. With beam = 2, and scores in brackets:
-
-        step 1    I (-0.4)              We (-1.3)              ...                      the 2 best first tokens
-        step 2    I sleep (-0.9)        I am (-1.5)            We sleep (-1.4)  ...     keep "I sleep" and "We sleep"
-        step 3    I sleep <eos> (-1.0)  We sleep <eos> (-2.6)  We sleep well (-1.8) ... keep the first and the third
-        step 4    I sleep <eos> (-1.0)  We sleep well <eos> (-2.0)  ...                 all have ended: the first wins
-
-    A hypothesis that has ended is extended by PAD at no cost, so it stays until better ones displace it. The best are
-    those with the highest score / length ** length_penalty, in step 4 -1.0 / 3 and -2.0 / 4: every token lowers the
-    score, so without the division short translations would be favored. beam = 1 is greedy decoding.
-    """
+    """The best translation found for each sentence of src (B, S): tokens (B, T) up to EOS (or max_len), then PAD."""
+    # A hypothesis is a partial translation, its score the sum of the log probabilities of its tokens. Every step
+    # extends each hypothesis by every token and keeps the `beam` best results. With beam = 2, and scores in brackets:
+    #   step 1    I (-0.4)              We (-1.3)              ...                      the 2 best first tokens
+    #   step 2    I sleep (-0.9)        I am (-1.5)            We sleep (-1.4)  ...     keep "I sleep" and "We sleep"
+    #   step 3    I sleep <eos> (-1.0)  We sleep <eos> (-2.6)  We sleep well (-1.8) ... keep the first and the third
+    #   step 4    I sleep <eos> (-1.0)  We sleep well <eos> (-2.0)  ...                 all have ended: the first wins
+    # The best have the highest score / length ** length_penalty, in step 4 -1.0 / 3 and -2.0 / 4: every token lowers
+    # the score, so without the division short translations would be favored. beam = 1 is greedy decoding.
     B, cache = len(src), {}
     memory, src_mask = (x.repeat_interleave(beam, dim=0) for x in model.encode(src))       # (B * beam, S, d_model)
     tokens = torch.full((B * beam, 1), BOS, device=src.device)           # grows to (B * beam, 1 + T)
@@ -483,7 +449,7 @@ def beam_search(model, src, beam, length_penalty=1.0):
         logits, _ = model.decode(tokens[:, -1:], memory, src_mask, cache)
         log_probs = logits.log_softmax(dim=-1).view(B, beam, -1)         # (B, beam, vocab_size)
         log_probs[..., PAD] = -math.inf
-        log_probs[ended] = -math.inf            # after its end a hypothesis is extended by padding only, at no cost
+        log_probs[ended] = -math.inf            # after its end a hypothesis is extended by PAD only, at no cost
         log_probs[..., PAD][ended] = 0.0
         lengths = lengths + ~ended
         extended = scores.unsqueeze(-1) + log_probs                      # (B, beam, vocab_size)
@@ -492,8 +458,7 @@ def beam_search(model, src, beam, length_penalty=1.0):
         scores, lengths = extended.flatten(1).gather(1, best), lengths.gather(1, parent)
         ended = ended.gather(1, parent) | (token == EOS)
         rows = (beam * torch.arange(B, device=src.device).unsqueeze(1) + parent).flatten()
-        # row i continues the old row rows[i] and copies its tokens and cache; the rows of a sentence share one memory
-        tokens = torch.cat([tokens[rows], token.view(-1, 1)], dim=1)
+        tokens = torch.cat([tokens[rows], token.view(-1, 1)], dim=1)     # new row i continues the old row rows[i]
         cache = {module: (key[rows], value[rows]) for module, (key, value) in cache.items()}
     return tokens.view(B, beam, -1)[:, 0, 1:]                            # topk sorts: the first is the best
 
@@ -525,18 +490,13 @@ def bleu_words(text):
 
 
 def bleu(translations, references):
-    """BLEU (Papineni et al. 2002) from 0 to 100, as sacreBLEU computes it by default, with one reference each.
-
-    The geometric mean of the n-gram precisions, n = 1 to 4 (the fraction of the n-grams in the translations that match
-    one of the reference, each used once), reduced if the translations are shorter than the references.
-    """
-    matches, totals, reference_length = [0] * 4, [0] * 4, 0              # of n = 1 to 4
-    for translation, reference in zip(translations, references):
-        words, reference_words = bleu_words(translation), bleu_words(reference)
+    """BLEU (Papineni et al. 2002) from 0 to 100, as sacreBLEU computes it by default, with one reference each."""
+    matches, totals, reference_length = [0] * 4, [0] * 4, 0              # of n-grams, n = 1 to 4
+    for words, reference_words in zip(map(bleu_words, translations), map(bleu_words, references)):
         reference_length += len(reference_words)
         for n in range(1, 5):
             ours, theirs = (collections.Counter(zip(*[w[i:] for i in range(n)])) for w in (words, reference_words))
-            matches[n - 1] += (ours & theirs).total()
+            matches[n - 1] += (ours & theirs).total()                    # each n-gram of the reference is used once
             totals[n - 1] += ours.total()
     if not matches[0] or not totals[3]:
         return 0.0
@@ -544,53 +504,43 @@ def bleu(translations, references):
     for match, total in zip(matches, totals):
         n_zeros += match == 0                   # smoothing: the first n without a match counts 1/2, the next 1/4, ...
         log_precision += math.log((match or 0.5 ** n_zeros) / total) / 4
+    # the geometric mean of the precisions matches / totals, reduced if the translations are shorter than the references
     return 100 * math.exp(log_precision + min(0.0, 1 - reference_length / totals[0]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What does cross-attention attend to?
-@torch.no_grad()
+# Using a trained model: what does cross-attention attend to? Then --test, --line and --text
 def alignment_accuracy(model, tokenizer, lines):
-    """How often each head attends most to the right source word, on lines of the toy language, one token per word.
-
-    For the input "<bos> The man", row 0 of the weights *produces* "The" and row 1 *consumes* it. Both can be read as
-    the alignment of "The" (Chen et al. 2020, arXiv:2004.14837). Returns an accuracy (2, n_dec_layers, H): how often the
-    most attended source word (not <eos>) is right (for "saw": "hat" or "gesehen"), given the reference translation,
-    whose full stop is not counted. Then the accuracy of two baselines: a random source word (chance), and the word at
-    the same position (diagonal).
-    """
+    """How often each head attends most to the right source word (2, n_dec_layers, H); the same for two baselines."""
     device, hits, chance, diagonal, n_words = model.token_embedding.weight.device, 0, 0, 0, 0
-    for german, english, alignment in lines:
-        src, tgt = tokenizer.encode(german), tokenizer.encode(english)
-        one_token_per_word = len(src) == len(german.split()) + 1 and len(tgt) == len(alignment)
+    for german, english, alignment in lines:                             # right for "saw": "hat" or "gesehen"
+        src, tgt = tokenizer.encode(german) + [EOS], [BOS] + tokenizer.encode(english)       # the reference is fed in
+        one_token_per_word = len(src) == len(german.split()) + 2 and len(tgt) == len(alignment) + 1
         assert one_token_per_word, "alignment needs one token per word: train with more --merges"
-        T = len(alignment) - 1                                           # target words without the full stop
-        right = torch.tensor([[s in words for s in range(len(src))] for words in alignment[:-1]])        # (T, S)
-        memory, src_mask = model.encode(pad([src + [EOS]], device))
-        _, weights = model.decode(pad([[BOS] + tgt], device), memory, src_mask, need_weights=True)
-        attended = torch.cat(weights)[..., :-1].argmax(dim=-1).cpu()     # B = 1, so cat gives (n_dec_layers, H, T + 2)
+        T, S = len(alignment) - 1, len(src) - 1                          # without the target's full stop, without <eos>
+        right = torch.tensor([[s in words for s in range(S)] for words in alignment[:T]])    # (T, S)
+        _, weights = model.decode(pad([tgt], device), *model.encode(pad([src], device)), need_weights=True)
+        attended = torch.cat(weights)[..., :S].argmax(dim=-1).cpu()      # B = 1, so cat gives (n_dec_layers, H, T + 2)
+        # For the input "<bos> The man", row 0 of the weights *produces* "The" and row 1 *consumes* it. Both can be
+        # read as the alignment of "The" (Chen et al. 2020, arXiv:2004.14837).
         rows = torch.stack([attended[..., :T], attended[..., 1:T + 1]])  # (2, n_dec_layers, H, T)
         hits += right[torch.arange(T), rows].sum(dim=-1)
-        chance += right.float().mean(dim=1).sum()
-        diagonal += right.diagonal().sum()
+        chance += right.float().mean(dim=1).sum()                        # baseline: a random source word
+        diagonal += right.diagonal().sum()                               # baseline: the word at the same position
         n_words += T
     return hits / n_words, chance / n_words, diagonal / n_words
 
 
-@torch.no_grad()
 def plot_cross_attention(model, tokenizer, sentence, beam, path):
     """Heatmaps of the last decoder block's heads for `sentence`. A row is labeled with the token that it produces."""
     src = pad([tokenizer.encode(sentence) + [EOS]], model.token_embedding.weight.device)   # (1, S)
     tokens = beam_search(model, src, beam)
     tokens = tokens[:, tokens[0] != PAD]                                 # (1, T)
     _, weights = model(src, F.pad(tokens, (1, 0), value=BOS)[:, :-1])    # (1, H, T, S)
-    labels = [["<eos>" if token == EOS else tokenizer.decode([token]).replace(" ", "_") for token in row]
-              for row in (src[0].tolist(), tokens[0].tolist())]
+    labels = [[tokenizer.decode([t]).replace(" ", "_") or "<eos>" for t in row.tolist()] for row in (src[0], tokens[0])]
     plot_attention(weights[0], *labels, path, x_name="source token", y_name="produced token")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Using a trained model: --test, --line, --text
 def load_model(data, out_dir, device):
     """The trained model for this data and its tokenizer, from `out_dir` or else from assets/."""
     name = f"translate_{os.path.basename(data)}.pt"
@@ -599,7 +549,7 @@ def load_model(data, out_dir, device):
             saved = torch.load(path, map_location="cpu", weights_only=True)
             model = TransformerModel(*saved["sizes"], dropout=0.0)
             model.load_state_dict(saved["weights"])                      # stored in float16
-            return model.to(device).eval(), Tokenizer(saved["merges"])
+            return model.to(device).eval().requires_grad_(False), Tokenizer(saved["merges"])
     sys.exit(f"no weights for {data}: train them with python translate.py --data {data} --out_dir {out_dir}")
 
 
@@ -656,18 +606,17 @@ def translate_texts(args):
             plot_cross_attention(model, tokenizer, sentences[n - 1], args.beam, os.path.join(args.out_dir, name))
 
 
-OPTIONS = {  # training options whose defaults depend on the data: type, toy language, other data, help
-    "steps": (positive(int), 500, 22_000, "training steps"),
-    "batch_tokens": (positive(int), 4000, 2000, "tokens in each batch, both languages together"),
-    "lr": (positive(float), 0.003, 0.0015, "peak learning rate"),
-    "dropout": (float, 0.1, 0.25, "dropout probability"),
-    "d_model": (positive(int), 64, 192, "width of the model"),
-    "n_heads": (positive(int), 4, 4, "attention heads"),
-    "n_enc_layers": (positive(int), 2, 3, "encoder blocks"),
-    "n_dec_layers": (positive(int), 2, 3, "decoder blocks"),
-    "merges": (positive(int), 600, 4000, "byte-pair merges")}
-
 if __name__ == "__main__":
+    options = {  # training options whose defaults depend on the data: type, toy language, other data, help
+        "steps": (positive(int), 500, 22_000, "training steps"),
+        "batch_tokens": (positive(int), 4000, 2000, "tokens in each batch, both languages together"),
+        "lr": (positive(float), 0.003, 0.0015, "peak learning rate"),
+        "dropout": (float, 0.1, 0.25, "dropout probability"),
+        "d_model": (positive(int), 64, 192, "width of the model"),
+        "n_heads": (positive(int), 4, 4, "attention heads"),
+        "n_enc_layers": (positive(int), 2, 3, "encoder blocks"),
+        "n_dec_layers": (positive(int), 2, 3, "decoder blocks"),
+        "merges": (positive(int), 600, 4000, "byte-pair merges")}
     start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", default=argparse.SUPPRESS, help="toy (the default), multi30k (the default with "
@@ -679,30 +628,29 @@ if __name__ == "__main__":
     mode.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--plot", action="store_true", help="with --line or --text: plot the cross-attention")
     parser.add_argument("--beam", type=positive(int), default=5, help="hypotheses in beam search; 1 is greedy")
-    for name, (kind, toy, other, text) in OPTIONS.items():
+    for name, (kind, toy, other, text) in options.items():
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (toy {toy}, else {other})")
     args = parse_args(parser)
     vars(args).setdefault("data", "multi30k" if args.text else "toy")
-    for name, (_, toy, other, _) in OPTIONS.items():
+    for name, (_, toy, other, _) in options.items():
         vars(args).setdefault(name, toy if args.data == "toy" else other)
     if args.d_model % args.n_heads:
         parser.error(f"--n_heads {args.n_heads} does not divide --d_model {args.d_model}")
-    if args.plot and args.line is None and not args.text:
-        parser.error("--plot needs --line or --text")
     if args.line is not None or args.text:
-        translate_texts(args)
-        sys.exit()
+        sys.exit(translate_texts(args))
+    if args.plot:
+        parser.error("--plot needs --line or --text")
     if args.test:
         print(f"result: {test(args)} seconds={time.perf_counter() - start:.1f}")
         sys.exit()
 
-    # Under torchrun every process takes a part of each batch, and DistributedDataParallel averages the gradients.
+    # Under torchrun every process takes a part of each batch, and DistributedDataParallel averages the gradients. They
+    # should be added, so the loss below is multiplied by the number of processes.
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-
     weights_path = os.path.join(args.out_dir, f"translate_{os.path.basename(args.data)}.pt")
     checkpoint_path = weights_path + ".checkpoint"  # an unfinished run; deleted at the end
     if args.resume and not os.path.exists(checkpoint_path):
@@ -711,7 +659,7 @@ if __name__ == "__main__":
         sys.exit(f"{checkpoint_path} holds an unfinished run: continue it with --resume, or delete the file")
 
     train_pairs, val_pairs = load_pairs(args.data, "train"), load_pairs(args.data, "val")
-    settings = {name: getattr(args, name) for name in ("data", "seed", *OPTIONS)}
+    settings = {name: getattr(args, name) for name in ("data", "seed", *options)}
     settings.update({"checksum of the data": zlib.crc32(repr(train_pairs).encode()), "processes": world_size})
     merges = learn_merges(itertools.chain(*train_pairs), args.merges)
     tokenizer = Tokenizer(merges)
@@ -744,7 +692,6 @@ if __name__ == "__main__":
             continue                                                     # every process needs a sentence
         batch = [examples[i] for i in indices[rank::world_size]]
         n_targets = sum(len(examples[i][1]) - 1 for i in indices)        # of all processes
-        # the gradients should be added, but DistributedDataParallel averages them, hence the factor
         loss = batch_loss(net, batch, args.device, label_smoothing=0.1) / n_targets * world_size
         if step < warmup:                                                # linear warm-up, then cosine decay to zero
             lr = args.lr * (step + 1) / warmup
@@ -762,10 +709,9 @@ if __name__ == "__main__":
             val_loss, seconds = validation_loss(model, val_examples, args.device), time.perf_counter() - start
             print(f"step {step + 1}: loss {loss:.4f}, validation loss {val_loss:.4f}, {seconds:.0f} s")
             print("   ", *translate(model, tokenizer, [val_pairs[0][0]], args.beam), flush=True)
-            # written to a temporary file and renamed, so a kill at any moment leaves a complete checkpoint
             torch.save({"settings": settings, "step": step + 1, "model": model.state_dict(),
                         "optimizer": optimizer.state_dict()}, checkpoint_path + ".tmp")
-            os.replace(checkpoint_path + ".tmp", checkpoint_path)
+            os.replace(checkpoint_path + ".tmp", checkpoint_path)        # a kill leaves the old file or the new one
 
     if world_size > 1:
         distributed.destroy_process_group()
