@@ -225,7 +225,6 @@ def sweep(args):
     path = os.path.join(args.out_dir, "parity_sweep.png")
     figure.savefig(path, dpi=100)
     print(f"saved {path}")
-
     for params, _, sizes, model in results[:len(WIDTHS)]:
         path = os.path.join(args.out_dir, f"parity_{params}")
         torch.save({"sizes": sizes, "weights": model.state_dict()}, f"{path}.pt")
@@ -286,8 +285,7 @@ if __name__ == "__main__":
     parser.add_argument("--mlp_factor", type=positive(int), default=4, help="hidden width of the MLP / d_model")
     parser.add_argument("--n_layers", type=int, default=2, help="blocks, may be 0")
     parser.add_argument("--lr", type=positive(float), default=0.006, help="peak learning rate")
-    parser.add_argument("--steps", type=positive(int), default=650,
-                        help="training steps at most; stops after 5 losses below 0.002 in a row")
+    parser.add_argument("--steps", type=positive(int), default=650, help="training steps at most; stops when done")
     parser.add_argument("--batch_size", type=positive(int), default=800, help="strings in each step")
     parser.add_argument("--sweep", action="store_true", help="find the smallest model; of these uses only --seq_len")
     args = parse_args(parser)
@@ -327,7 +325,7 @@ if __name__ == "__main__":
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        n_low = n_low + 1 if loss < 0.002 else 0
+        n_low = n_low + 1 if loss < 0.002 else 0                            # done after 5 low losses in a row
         if n_low == 5:
             break
 

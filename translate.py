@@ -3,9 +3,9 @@ Translate German to English with the Transformer of "Attention Is All You Need" 
 
 The encoder reads the German sentence. The decoder writes the English one token by token, and cross-attention lets each
 step attend to the German tokens. The toy language is a small German grammar in which the object may come first, marked
-by its article (den, einen). It trains in a minute, and since the right source word of every target word is known, we
-can measure how well each attention head aligns. Multi30k has 29,000 real sentence pairs. The weights of both are in
-assets/, so only the first two commands train. Newly trained ones in --out_dir come first.
+by its article (den, einen). Training on it takes a minute, and since the right source word of every target word is
+known, we can measure how well each attention head aligns. Multi30k has 29,000 real sentence pairs. The weights of both
+are in assets/: only the first two commands train. Weights that you train, in --out_dir, take precedence.
 
 $ python translate.py                                           # train on the toy language
 $ python translate.py --data multi30k                           # train on Multi30k
@@ -53,7 +53,7 @@ from attention import attention, download, parse_args, plot_attention, positive
 #
 # Read it from bottom to top. "add & LayerNorm" adds a sublayer's output to its input (residual connection), then
 # normalizes (post-norm; parity.py is pre-norm). In the paper positions are sinusoidal instead of learned, the
-# feed-forward network is four times as wide as the model instead of twice, and no word dropout hides whole tokens.
+# feed-forward network is four times as wide as the model instead of twice, and there is no word dropout.
 
 PAD, BOS, EOS = 0, 1, 2     # padding, start of sentence, end of sentence
 MAX_LEN = 100               # number of positions
@@ -131,11 +131,11 @@ class TransformerModel(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, d_model)   # source, target and output share it (section 3.4)
         self.position_embedding = nn.Embedding(max_len, d_model)
         self.dropout = nn.Dropout(dropout)
-        self.token_dropout = nn.Dropout1d(dropout / 2)             # zeroes whole tokens (arXiv:1905.11901)
+        self.token_dropout = nn.Dropout1d(dropout / 2)             # word dropout, of whole tokens (arXiv:1905.11901)
         self.encoder = nn.ModuleList(EncoderBlock(d_model, n_heads, dropout) for _ in range(n_enc_layers))
         self.decoder = nn.ModuleList(DecoderBlock(d_model, n_heads, dropout) for _ in range(n_dec_layers))
         # The embedding is also the output layer. Its d_model inputs have standard deviation 1 (LayerNorm), so with this
-        # scale the logits do, too, except that of the input token: residual connections carry its embedding through.
+        # scale the logits have it, too. Only that of the input token is larger: residual connections carry its features.
         nn.init.normal_(self.token_embedding.weight, std=d_model ** -0.5)
         nn.init.normal_(self.position_embedding.weight, std=0.5)
 
@@ -157,9 +157,9 @@ class TransformerModel(nn.Module):
         """Logits (B, T, vocab_size) and a list with the cross-attention weights (B, H, T, S) of every decoder block."""
         start = cache[self.decoder[0].self_attention][0].size(2) if cache else 0    # tokens already in the cache
         #   1 0 0 0    The causal mask, 1 = may attend. Row i is the query at position i, which predicts token i + 1 and
-        #   1 1 0 0    attends to tokens 0 ... i only, so all positions train in parallel. Padding follows the real
-        #   1 1 1 0    tokens, so none of them sees it, and the loss ignores its rows. With a cache, tgt holds only the
-        #   1 1 1 1    tokens since the last call, so we need only their rows: the last if tokens 0, 1, 2 are cached.
+        #   1 1 0 0    attends to tokens 0 (BOS) ... i only, so all positions train in parallel. Padding comes last, so
+        #   1 1 1 0    no real token sees it, and the loss ignores the rows of padding. With a cache, tgt holds only the
+        #   1 1 1 1    new tokens, so we need only their rows: the last one if tokens 0, 1 and 2 are cached.
         end = start + tgt.size(1)
         tgt_mask = torch.ones(end, end, dtype=torch.bool, device=tgt.device).tril()[start:]        # (T, end)
         x, weights = self.embed(tgt, start), []
@@ -177,15 +177,15 @@ class TransformerModel(nn.Module):
 # Data: the toy language, Multi30k, and text files of your own
 #
 # In English the object is known by its position. German marks a masculine object by its article (den, einen). In the
-# toy language only such an object may come first, so every German sentence has one translation, and only if the subject
-# is definite ("Den Mann sieht ein Hund" sounds odd). The finite verb is the second element, and a participle or
+# toy language only such an object may come first, and only if the subject is definite ("Den Mann sieht ein Hund" sounds
+# odd), so every German sentence has one translation. The finite verb is the second element, and a participle or
 # infinitive comes last:
 #
 #     Der Mann sieht den Hund.                      The man sees the dog.
 #     Den Mann sieht der Hund.                      The dog sees the man.
 #     Gestern hat die Ärztin einen Vogel gehört.    Yesterday the doctor heard a bird.
 
-N_TOY_LINES = 209_773  # the lines that --line accepts; training uses most of the first 100,000
+N_TOY_LINES = 209_773  # --line accepts 1 to this; training uses most of the first 100,000
 NOUNS = {kind: [entry.split() for entry in entries.split(", ")] for kind, entries in {    # German, gender, English
     "person": "König m king, Lehrer m teacher, Mann m man, Bäcker m baker, Ingenieur m engineer, Frau f woman, "
               "Ärztin f doctor, Königin f queen, Künstlerin f artist, Kind n child, Mädchen n girl",
@@ -241,7 +241,7 @@ def toy_pair(n):
     kind = pick(object_kinds.split(","))
     object_noun = pick([noun for noun in NOUNS[kind] if noun != subject_noun])
     object_ = noun_phrase("object", object_noun, kind, draw() < 0.7)
-    # a word is (slot, German, English), or (slot, word) if it occurs in only one of the two sentences
+    # a word is (slot, German, English), or (slot, word) if it is in one sentence only; finite+last: both German verbs
     finite, last, english_verb, adverbs = pick([
         ("hat", [("last", participle)], [("finite+last", past)], ["gestern yesterday", ""]),
         (present, [], [("finite", third_person)], [""]),
@@ -430,15 +430,15 @@ def validation_loss(model, examples, device):
 # Decoding, and BLEU, the score of translations
 @torch.no_grad()
 def beam_search(model, src, beam, length_penalty=1.0):
-    """The best translation found for each sentence of src (B, S): tokens (B, T) up to EOS (or max_len), then PAD."""
+    """The best translation found for each sentence of src (B, S): tokens (B, T) up to EOS or max_len - 1, then PAD."""
     # A hypothesis is a partial translation, its score the sum of the log probabilities of its tokens. Every step
     # extends each hypothesis by every token and keeps the `beam` best results. With beam = 2, and scores in brackets:
     #   step 1    I (-0.4)              We (-1.3)              ...                      the 2 best first tokens
     #   step 2    I sleep (-0.9)        I am (-1.5)            We sleep (-1.4)  ...     keep "I sleep" and "We sleep"
-    #   step 3    I sleep <eos> (-1.0)  We sleep <eos> (-2.6)  We sleep well (-1.8) ... keep the first and the third
-    #   step 4    I sleep <eos> (-1.0)  We sleep well <eos> (-2.0)  ...                 all have ended: the first wins
-    # The best have the highest score / length ** length_penalty, in step 4 -1.0 / 3 and -2.0 / 4: every token lowers
-    # the score, so without the division short translations would be favored. beam = 1 is greedy decoding.
+    #   step 3    I sleep <eos> (-1.7)  We sleep <eos> (-2.6)  We sleep well (-1.8) ... keep the first and the third
+    #   step 4    I sleep <eos> (-1.7)  We sleep well <eos> (-2.0)  ...                 all have ended: the second wins
+    # The best have the highest score / length ** length_penalty: in step 4, -2.0 / 4 is more than -1.7 / 3. Every token
+    # lowers the score, so without the division short translations would be favored. beam = 1 is greedy decoding.
     B, cache = len(src), {}
     memory, src_mask = (x.repeat_interleave(beam, dim=0) for x in model.encode(src))       # (B * beam, S, d_model)
     tokens = torch.full((B * beam, 1), BOS, device=src.device)           # grows to (B * beam, 1 + T)
@@ -511,7 +511,7 @@ def bleu(translations, references):
 # ----------------------------------------------------------------------------------------------------------------------
 # Using a trained model: what does cross-attention attend to? Then --test, --line and --text
 def alignment_accuracy(model, tokenizer, lines):
-    """How often each head attends most to the right source word (2, n_dec_layers, H); the same for two baselines."""
+    """How often each head attends most to the right source word (2, n_dec_layers, H), and how often baselines do."""
     device, hits, chance, diagonal, n_words = model.token_embedding.weight.device, 0, 0, 0, 0
     for german, english, alignment in lines:                             # right for "saw": "hat" or "gesehen"
         src, tgt = tokenizer.encode(german) + [EOS], [BOS] + tokenizer.encode(english)       # the reference is fed in
@@ -568,7 +568,7 @@ def test(args):
     if args.data == "toy":
         val_accuracy, _, _ = alignment_accuracy(model, tokenizer, toy_lines("val", 10_000))
         accuracy, chance, diagonal = alignment_accuracy(model, tokenizer, toy_lines("test", 30_000))
-        result += f" alignment={accuracy.flatten()[val_accuracy.argmax()]:.4f}"  # of the best head and row on val
+        result += f" alignment={accuracy.flatten()[val_accuracy.argmax()]:.4f}"  # of the head and row chosen on val
         heads = [f"{n + 1}.{h + 1}" for n in range(accuracy.size(1)) for h in range(accuracy.size(2))]
         print(f"most attended source word is right: chance {chance:.3f}, diagonal {diagonal:.3f}")
         print("decoder block.head         ", *(f"{head:>5}" for head in heads))
@@ -644,8 +644,8 @@ if __name__ == "__main__":
         print(f"result: {test(args)} seconds={time.perf_counter() - start:.1f}")
         sys.exit()
 
-    # Under torchrun every process takes a part of each batch, and DistributedDataParallel averages the gradients. They
-    # should be added, so the loss below is multiplied by the number of processes.
+    # Under torchrun every process takes a part of each batch, and DistributedDataParallel averages the gradients. The
+    # loss is divided by the targets of all parts, so they should be added: hence the factor world_size below.
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         if args.device == "cuda":
