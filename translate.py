@@ -135,7 +135,7 @@ class TransformerModel(nn.Module):
         self.encoder = nn.ModuleList(EncoderBlock(d_model, n_heads, dropout) for _ in range(n_enc_layers))
         self.decoder = nn.ModuleList(DecoderBlock(d_model, n_heads, dropout) for _ in range(n_dec_layers))
         # The embedding is also the output layer. Its d_model inputs have standard deviation 1 (LayerNorm), so with this
-        # scale the logits have it, too. Only that of the input token is larger: residual connections carry its features.
+        # scale the logits start with it, too. Only that of the input token is larger, carried by residual connections.
         nn.init.normal_(self.token_embedding.weight, std=d_model ** -0.5)
         nn.init.normal_(self.position_embedding.weight, std=0.5)
 
