@@ -621,7 +621,6 @@ def test_bleu_has_the_values_that_sacrebleu_prints(translations, references, exp
 
 # ----------------------------------------------------------------------------------------------------------------------
 # translate.py: the script
-
 TINY = "--d_model 16 --n_heads 2 --n_enc_layers 1 --n_dec_layers 1 --merges 50 --lr 0.01 --batch_tokens 300 --beam 1"
 
 
