@@ -1,18 +1,27 @@
 """
-Translate German to English with the Transformer of "Attention Is All You Need" (Vaswani et al. 2017, arXiv:1706.03762).
+Translate German to English with the Transformer of "Attention Is All You Need".
 
-The encoder reads the German sentence. The decoder writes the English one token by token, and cross-attention lets each
-step attend to the German tokens. The toy language is a small German grammar in which the object may come first, marked
-by its article (den, einen). Training on it takes a minute, and since the right source word of every target word is
-known, we can measure how well each attention head aligns. Multi30k has 29,000 real sentence pairs. The weights of both
-are in assets/: only the first two commands train. Weights that you train, in --out_dir, take precedence.
+The encoder reads the German sentence. The decoder writes the English one, token by token, and
+cross-attention lets each step attend to the German tokens. There are three corpora:
 
-$ python translate.py                                           # train on the toy language
-$ python translate.py --data multi30k                           # train on Multi30k
-$ python translate.py --test --line=7 --plot                    # translate line 7 of the toy language, plot attention
-$ python translate.py --test                                    # exact matches, BLEU, alignment of every head
-$ python translate.py --data multi30k --test                    # BLEU on test_2016_flickr
-$ python translate.py --text "Ein Hund läuft durch den Schnee." # any text, with the weights trained on Multi30k
+toy       a small German grammar. The object may come first, marked by its article (den, einen).
+          Training takes a minute, and since we know the right source word of every target word, we
+          can measure how well each attention head finds it, and how well the gradient does.
+tatoeba   169,813 pairs of everyday sentences. What people say: "Wie geht es dir?"
+multi30k  29,000 captions of photographs, a common benchmark.
+
+Trained weights for toy and multi30k are in assets/. Weights that you train yourself are saved in
+--out_dir, and the script prefers them to those in assets/.
+
+$ python translate.py                                      # train on the toy language
+$ python translate.py --data tatoeba                       # train on everyday sentences
+$ python translate.py --test --line=7 --plot               # translate line 7, plot the attention
+$ python translate.py --test                               # exact matches, BLEU, alignment
+$ python translate.py --data multi30k --test               # BLEU on the captions' test set
+$ python translate.py --text "Ein Hund läuft im Schnee."   # any text, with the multi30k weights
+
+Paper: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762. Read attention.py and parity.py
+first: they explain attention, heads, LayerNorm and residual connections.
 """
 
 import argparse
@@ -25,6 +34,8 @@ import random
 import re
 import sys
 import time
+import unicodedata
+import zipfile
 import zlib
 
 import matplotlib.pyplot as plt
@@ -34,242 +45,443 @@ from torch import distributed, nn
 
 from attention import attention, download, parse_args, plot_attention, positive
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The Transformer (Figure 1 of the paper). B sentences, S source and T target tokens, H heads of width d_k = d_model/H.
+# --------------------------------------------------------------------------------------------------
+# The Transformer (Figure 1 of the paper)
 #
-#                                                          logits (B, T, vocab_size)
-#                                                        token embedding, transposed
-#                                                                     |
-#                memory (B, S, d_model) --.     +-- DecoderBlock -----|-----------------+
-#                        |                |     |             add & LayerNorm           |
-#    +-- EncoderBlock ---|-------------+  |     |           feed-forward                |
-#    |             add & LayerNorm     |  |     |             add & LayerNorm           |
-#    |           feed-forward          |  '------> cross-attention to the source        |
-#    |             add & LayerNorm     |        |             add & LayerNorm           |
-#    |           self-attention        |        |     causal self-attention             |
-#    +-------------------|-------------+        +---------------------|-----------------+
-#           token + position embedding                   token + position embedding
-#           src: German, EOS (B, S)                   tgt: BOS, English so far (B, T)
+# A token is a word or a piece of one, stored as an integer. In the shapes, B is the number of
+# sentences, S and T are the numbers of source and target tokens, and H is the number of heads, each
+# of width d_k = d_model / H. A logit is the score of a token before softmax turns scores into
+# probabilities. Read the diagram from bottom to top:
 #
-# Read it from bottom to top. "add & LayerNorm" adds a sublayer's output to its input (residual connection), then
-# normalizes (post-norm; parity.py is pre-norm). In the paper positions are sinusoidal instead of learned, the
-# feed-forward network is four times as wide as the model instead of twice, and there is no word dropout.
+#                                                        logits (B, T, vocab_size)
+#                                                      token embedding, transposed
+#                                                                   |
+#              memory (B, S, d_model) --.     +-- DecoderBlock -----|-------------+
+#                      |                |     |             add & LayerNorm       |
+#  +-- EncoderBlock ---|-------------+  |     |           feed-forward            |
+#  |             add & LayerNorm     |  |     |             add & LayerNorm       |
+#  |           feed-forward          |  '------> cross-attention to the source    |
+#  |             add & LayerNorm     |        |             add & LayerNorm       |
+#  |           self-attention        |        |     causal self-attention         |
+#  +-------------------|-------------+        +---------------------|-------------+
+#         token + position embedding                 token + position embedding
+#         src: German, EOS (B, S)                 tgt: BOS, English so far (B, T)
+#
+# "add & LayerNorm" adds the output of a layer to its input (the residual connection) and then
+# normalizes the sum. This order is called post-norm; parity.py normalizes first (pre-norm).
+# Three things differ from the paper: positions are learned instead of sinusoidal, the feed-forward
+# network is twice instead of four times as wide as the model, and there is word dropout.
 
 PAD, BOS, EOS = 0, 1, 2     # padding, start of sentence, end of sentence
 MAX_LEN = 100               # number of positions
 
 
 class MultiHeadAttention(nn.Module):
-    """Queries from x (B, T, d_model), keys and values from memory (B, S, d_model), which is x in self-attention."""
+    """H attention heads side by side, each of width d_k = d_model / H (section 3.2.2)."""
 
     def __init__(self, d_model, n_heads):
         super().__init__()
         self.n_heads = n_heads
-        self.w_q, self.w_k, self.w_v, self.w_o = (nn.Linear(d_model, d_model) for _ in range(4))
+        self.w_q = nn.Linear(d_model, d_model)  # makes the queries of all heads
+        self.w_k = nn.Linear(d_model, d_model)  # the keys
+        self.w_v = nn.Linear(d_model, d_model)  # the values
+        self.w_o = nn.Linear(d_model, d_model)  # mixes the outputs of the heads
 
     def split(self, x):
-        """(B, T, d_model) -> (B, H, T, d_k)."""
+        """Cut the last dimension into heads: (B, T, d_model) -> (B, H, T, d_k)."""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
-    def forward(self, x, memory, mask=None, cache=None, need_weights=False):
-        # For decoding token by token, cache maps each MultiHeadAttention to its keys and values. Self-attention appends
-        # those of the new tokens. Cross-attention computes them once, because the source does not change.
-        query = self.split(self.w_q(x))                                    # (B, H, T, d_k)
-        if cache and self in cache and memory is not x:  # cross-attention, after the first token
-            key, value = cache[self]                                       # (B, H, S, d_k)
+    def forward(self, x, memory, mask=None, cache=None):
+        """Queries from x (B, T, d_model), keys and values from memory (B, S, d_model).
+
+        Self-attention passes x as memory. Returns the output (B, T, d_model) and the attention
+        weights (B, H, T, S).
+
+        `cache` is a dict that keeps keys and values between calls, for decoding token by token.
+        Then memory holds only what is new since the last call: the new tokens in self-attention,
+        and None in cross-attention, because the source does not change. The shapes of the keys
+        over three steps, for a source of 7 tokens:
+
+                       self-attention                   cross-attention
+            step 1     1 new:       (B, H, 1, d_k)      7 new:    (B, H, 7, d_k)
+            step 2     1 + 1 new:   (B, H, 2, d_k)      none new: (B, H, 7, d_k)
+            step 3     2 + 1 new:   (B, H, 3, d_k)      none new: (B, H, 7, d_k)
+        """
+        query = self.split(self.w_q(x))                         # (B, H, T, d_k)
+        if memory is None:
+            key, value = cache[self]                            # (B, H, S, d_k)
         else:
-            key, value = self.split(self.w_k(memory)), self.split(self.w_v(memory))
-            if cache and self in cache:
-                key, value = torch.cat([cache[self][0], key], dim=2), torch.cat([cache[self][1], value], dim=2)
-            if cache is not None:
-                cache[self] = key, value
-        output, weights = attention(query, key, value, mask, need_weights=need_weights)   # (B, H, T, d_k)
-        return self.w_o(output.transpose(1, 2).flatten(2)), weights        # (B, T, d_model), (B, H, T, S) or None
+            key = self.split(self.w_k(memory))
+            value = self.split(self.w_v(memory))
+            if cache is not None and self in cache:
+                old_key, old_value = cache[self]
+                key = torch.cat([old_key, key], dim=2)
+                value = torch.cat([old_value, value], dim=2)
+        if cache is not None:
+            cache[self] = (key, value)
+        output, weights = attention(query, key, value, mask)    # (B, H, T, d_k), (B, H, T, S)
+        output = output.transpose(1, 2).flatten(2)              # the heads side by side again
+        return self.w_o(output), weights
 
 
 class EncoderBlock(nn.Module):
-    """Self-attention over all source tokens, then the feed-forward network. (B, S, d_model) -> (B, S, d_model)."""
+    """Self-attention over all source tokens, then the feed-forward network. Keeps the shape."""
 
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
         self.self_attention = MultiHeadAttention(d_model, n_heads)
-        self.feed_forward = nn.Sequential(nn.Linear(d_model, 2 * d_model), nn.ReLU(), nn.Linear(2 * d_model, d_model))
-        self.norm1, self.norm2 = (nn.LayerNorm(d_model) for _ in range(2))
+        self.feed_forward = nn.Sequential(
+            nn.Linear(d_model, 2 * d_model),
+            nn.ReLU(),
+            nn.Linear(2 * d_model, d_model),
+        )
+        self.norm1 = nn.LayerNorm(d_model)
+        self.norm2 = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, mask):
         output, _ = self.self_attention(x, x, mask)
         x = self.norm1(x + self.dropout(output))
-        return self.norm2(x + self.dropout(self.feed_forward(x)))
+        x = self.norm2(x + self.dropout(self.feed_forward(x)))
+        return x                                                # (B, S, d_model)
 
 
 class DecoderBlock(nn.Module):
-    """Causal self-attention, cross-attention to memory (B, S, d_model), then the feed-forward network."""
+    """Causal self-attention, cross-attention to the source, then the feed-forward network."""
 
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
         self.self_attention = MultiHeadAttention(d_model, n_heads)
         self.cross_attention = MultiHeadAttention(d_model, n_heads)
-        self.feed_forward = nn.Sequential(nn.Linear(d_model, 2 * d_model), nn.ReLU(), nn.Linear(2 * d_model, d_model))
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d_model) for _ in range(3))
+        self.feed_forward = nn.Sequential(
+            nn.Linear(d_model, 2 * d_model),
+            nn.ReLU(),
+            nn.Linear(2 * d_model, d_model),
+        )
+        self.norm1 = nn.LayerNorm(d_model)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.norm3 = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, tgt_mask, memory, src_mask, cache=None, need_weights=False):
+    def forward(self, x, tgt_mask, memory, src_mask, cache=None):
         output, _ = self.self_attention(x, x, tgt_mask, cache)
         x = self.norm1(x + self.dropout(output))
-        output, weights = self.cross_attention(x, memory, src_mask, cache, need_weights)
+        # The source stays the same while we decode, so its keys and values are computed only once.
+        if cache is not None and self.cross_attention in cache:
+            memory = None
+        output, weights = self.cross_attention(x, memory, src_mask, cache)
         x = self.norm2(x + self.dropout(output))
-        return self.norm3(x + self.dropout(self.feed_forward(x))), weights    # (B, T, d_model), (B, H, T, S) or None
+        x = self.norm3(x + self.dropout(self.feed_forward(x)))
+        return x, weights                                       # (B, T, d_model), (B, H, T, S)
 
 
 class TransformerModel(nn.Module):
-    """Source (B, S) and target (B, T) tokens -> logits (B, T, vocab_size) of the token after each target token."""
+    """Source and target tokens -> the logits of the token that follows each target token."""
 
-    def __init__(self, vocab_size, max_len, d_model, n_heads, n_enc_layers, n_dec_layers, dropout=0.1):
+    def __init__(self, vocab_size, max_len, d_model, n_heads, n_enc_layers, n_dec_layers,
+                 dropout=0.1):
         super().__init__()
         self.max_len = max_len
-        self.token_embedding = nn.Embedding(vocab_size, d_model)   # source, target and output share it (section 3.4)
+        # One matrix embeds source and target tokens and is the output layer (section 3.4).
+        self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(max_len, d_model)
         self.dropout = nn.Dropout(dropout)
-        self.token_dropout = nn.Dropout1d(dropout / 2)             # word dropout, of whole tokens (arXiv:1905.11901)
-        self.encoder = nn.ModuleList(EncoderBlock(d_model, n_heads, dropout) for _ in range(n_enc_layers))
-        self.decoder = nn.ModuleList(DecoderBlock(d_model, n_heads, dropout) for _ in range(n_dec_layers))
-        # The embedding is also the output layer. Its d_model inputs have standard deviation 1 (LayerNorm), so with this
-        # scale the logits start with it, too. Only that of the input token is larger, carried by residual connections.
+        # Word dropout zeroes the embeddings of whole tokens (Sennrich and Zhang 2019,
+        # https://arxiv.org/abs/1905.11901), so the model learns not to rely on any single word.
+        # Half the rate of ordinary dropout worked well on the validation part of multi30k.
+        self.token_dropout = nn.Dropout1d(dropout / 2)
+        self.encoder = nn.ModuleList(
+            EncoderBlock(d_model, n_heads, dropout) for _ in range(n_enc_layers))
+        self.decoder = nn.ModuleList(
+            DecoderBlock(d_model, n_heads, dropout) for _ in range(n_dec_layers))
+        # The output layer receives d_model numbers of standard deviation 1, because LayerNorm comes
+        # last. With embeddings of standard deviation 1 / sqrt(d_model), the initial logits have
+        # standard deviation 1 as well. The loss at step 0 is above that of a uniform prediction for
+        # two reasons: such random logits add about 1/2, and the logit of the input token itself is
+        # larger, because the residual connections carry its embedding to the output.
         nn.init.normal_(self.token_embedding.weight, std=d_model ** -0.5)
         nn.init.normal_(self.position_embedding.weight, std=0.5)
 
     def embed(self, tokens, start=0):
-        """Token plus position embeddings (B, T, d_model) of tokens (B, T) at positions start, start + 1, ..."""
+        """Embed tokens (B, T) at the positions start, start + 1, ... Returns (B, T, d_model)."""
+        d_model = self.token_embedding.embedding_dim
         positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
-        x = self.token_dropout(self.token_embedding(tokens) * math.sqrt(self.token_embedding.embedding_dim))
+        x = self.token_embedding(tokens) * math.sqrt(d_model)   # now with standard deviation 1
+        x = self.token_dropout(x)
         return self.dropout(x + self.position_embedding(positions))
 
     def encode(self, src):
-        """Source tokens (B, S) -> memory (B, S, d_model) and src_mask (B, 1, 1, S), False at padding."""
-        src_mask = (src != PAD)[:, None, None, :]
+        """Source tokens (B, S) -> memory (B, S, d_model) and the source mask (B, 1, 1, S)."""
+        src_mask = (src != PAD)[:, None, None, :]               # True = may attend, not at padding
         x = self.embed(src)
         for block in self.encoder:
             x = block(x, src_mask)
         return x, src_mask
 
-    def decode(self, tgt, memory, src_mask, cache=None, need_weights=False):
-        """Logits (B, T, vocab_size) and a list with the cross-attention weights (B, H, T, S) of every decoder block."""
-        start = cache[self.decoder[0].self_attention][0].size(2) if cache else 0    # tokens already in the cache
-        #   1 0 0 0    The causal mask, 1 = may attend. Row i is the query at position i, which predicts token i + 1 and
-        #   1 1 0 0    attends to tokens 0 (BOS) ... i only, so all positions train in parallel. Padding comes last, so
-        #   1 1 1 0    no real token sees it, and the loss ignores the rows of padding. With a cache, tgt holds only the
-        #   1 1 1 1    new tokens, so we need only their rows: the last one if tokens 0, 1 and 2 are cached.
+    def decode(self, tgt, memory, src_mask, cache=None):
+        """Target tokens (B, T) -> logits (B, T, vocab_size) and the cross-attention weights.
+
+        The weights are a list with one tensor (B, H, T, S) for each decoder block. With a cache,
+        tgt holds only the tokens that are new since the last call.
+        """
+        start = 0                                               # number of tokens in the cache
+        if cache:
+            cached_key, _ = cache[self.decoder[0].self_attention]
+            start = cached_key.size(2)
         end = start + tgt.size(1)
-        tgt_mask = torch.ones(end, end, dtype=torch.bool, device=tgt.device).tril()[start:]        # (T, end)
-        x, weights = self.embed(tgt, start), []
+        # The causal mask. 1 means may attend.
+        #     1 0 0 0    Row i is the query at position i, which predicts token i + 1. It may attend
+        #     1 1 0 0    to tokens 0 to i, but not to the token that it has to predict. So all
+        #     1 1 1 0    positions can be trained at once, in one forward pass.
+        #     1 1 1 1    With 3 tokens in the cache, tgt is token 3 alone, and only row 3 is needed.
+        # Padding is at the end of a sentence, later than every real token, so this mask hides it.
+        # A decoder block without cross-attention and with this mask is a block of GPT: GPT has no
+        # source, only the text so far, and predicts the next token.
+        tgt_mask = torch.ones(end, end, dtype=torch.bool, device=tgt.device).tril()
+        tgt_mask = tgt_mask[start:]                             # (T, end)
+        x = self.embed(tgt, start)
+        weights = []
         for block in self.decoder:
-            x, block_weights = block(x, tgt_mask, memory, src_mask, cache, need_weights)
+            x, block_weights = block(x, tgt_mask, memory, src_mask, cache)
             weights.append(block_weights)
-        return F.linear(x, self.token_embedding.weight), weights
+        logits = F.linear(x, self.token_embedding.weight)
+        return logits, weights
 
-    def forward(self, src, tgt, need_weights=True):
-        logits, weights = self.decode(tgt, *self.encode(src), need_weights=need_weights)
-        return logits, weights[-1]      # (B, T, vocab_size), and the last block's weights (B, H, T, S) or None
+    def forward(self, src, tgt):
+        """Logits (B, T, vocab_size) and the last block's cross-attention weights (B, H, T, S)."""
+        memory, src_mask = self.encode(src)
+        logits, weights = self.decode(tgt, memory, src_mask)
+        return logits, weights[-1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: the toy language, Multi30k, and text files of your own
+# --------------------------------------------------------------------------------------------------
+# Data 1: the toy language
 #
-# In English the object is known by its position. German marks a masculine object by its article (den, einen). In the
-# toy language only such an object may come first, and only if the subject is definite ("Den Mann sieht ein Hund" sounds
-# odd), so every German sentence has one translation. The finite verb is the second element, and a participle or
-# infinitive comes last:
+# English shows by position who does what: the subject comes before the verb. German shows it by the
+# article, if a masculine noun is the object: "der" becomes "den", and "ein" becomes "einen". Then
+# the object may come first:
 #
 #     Der Mann sieht den Hund.                      The man sees the dog.
 #     Den Mann sieht der Hund.                      The dog sees the man.
 #     Gestern hat die Ärztin einen Vogel gehört.    Yesterday the doctor heard a bird.
+#
+# The finite verb is the second element of the sentence, and a participle or infinitive comes last.
+# In our grammar the object comes first only if it is masculine and the subject is definite, because
+# "Den Mann sieht ein Hund" sounds odd. So every German sentence has exactly one translation. We
+# need that twice: a translation is right only if it is equal to the reference, and every English
+# word has known German source words.
 
-N_TOY_LINES = 209_773  # --line accepts 1 to this; training uses most of the first 100,000
-NOUNS = {kind: [entry.split() for entry in entries.split(", ")] for kind, entries in {    # German, gender, English
-    "person": "König m king, Lehrer m teacher, Mann m man, Bäcker m baker, Ingenieur m engineer, Frau f woman, "
-              "Ärztin f doctor, Königin f queen, Künstlerin f artist, Kind n child, Mädchen n girl",
-    "animal": "Hund m dog, Vogel m bird, Fuchs m fox, Esel m donkey, Katze f cat, Maus f mouse, Ziege f goat, "
-              "Pferd n horse, Schaf n sheep",
-    "thing": "Lampe f lamp, Uhr f clock, Tasche f bag, Gitarre f guitar, Stuhl m chair, Koffer m suitcase, "
-             "Regenschirm m umbrella, Fahrrad n bicycle, Radio n radio, Boot n boat"}.items()}
-ADJECTIVES = {kind: [entry.split() for entry in entries.split(", ")] for kind, entries in {       # stem, English
-    "person": "jung young, müd tired, klug clever, hungrig hungry, freundlich friendly",
-    "animal": "alt old, jung young, klein small, groß big, hungrig hungry",
-    "thing": "alt old, neu new, klein small, groß big, rot red, schwer heavy"}.items()}
-ARTICLES = {  # of each gender: indefinite and definite article, each with the ending of an adjective
-    "m": [("ein", "er"), ("der", "e")], "f": [("eine", "e"), ("die", "e")], "n": [("ein", "es"), ("das", "e")],
-    "m object": [("einen", "en"), ("den", "en")]}  # only a masculine object differs from the subject
-# finite form, infinitive and participle; English base form, third person and past; kinds of subjects and of objects
-VERBS = [line.split() for line in """\
-    sieht        sehen         gesehen      see        sees        saw          person,animal  person,animal,thing
-    hört         hören         gehört       hear       hears       heard        person,animal  person,animal
-    findet       finden        gefunden     find       finds       found        person,animal  person,animal,thing
-    besucht      besuchen      besucht      visit      visits      visited      person         person
-    jagt         jagen         gejagt       chase      chases      chased       animal         person,animal
-    weckt        wecken        geweckt      wake       wakes       woke         person,animal  person,animal
-    malt         malen         gemalt       paint      paints      painted      person         person,animal,thing
-    fotografiert fotografieren fotografiert photograph photographs photographed person         person,animal,thing
-    trägt        tragen        getragen     carry      carries     carried      person         thing
-    kauft        kaufen        gekauft      buy        buys        bought       person         animal,thing
-    verkauft     verkaufen     verkauft     sell       sells       sold         person         animal,thing
-    repariert    reparieren    repariert    repair     repairs     repaired     person         thing""".split("\n")]
+N_TOY_LINES = 209_773       # as in the exercise; --line accepts 1 to this
+N_TOY_TRAINING_LINES = 100_000
+
+NOUNS = {  # German, gender, English
+    "person": [
+        ("König", "m", "king"), ("Lehrer", "m", "teacher"), ("Mann", "m", "man"),
+        ("Bäcker", "m", "baker"), ("Ingenieur", "m", "engineer"), ("Frau", "f", "woman"),
+        ("Ärztin", "f", "doctor"), ("Königin", "f", "queen"), ("Künstlerin", "f", "artist"),
+        ("Kind", "n", "child"), ("Mädchen", "n", "girl"),
+    ],
+    "animal": [
+        ("Hund", "m", "dog"), ("Vogel", "m", "bird"), ("Fuchs", "m", "fox"),
+        ("Esel", "m", "donkey"), ("Katze", "f", "cat"), ("Maus", "f", "mouse"),
+        ("Ziege", "f", "goat"), ("Pferd", "n", "horse"), ("Schaf", "n", "sheep"),
+    ],
+    "thing": [
+        ("Lampe", "f", "lamp"), ("Uhr", "f", "clock"), ("Tasche", "f", "bag"),
+        ("Gitarre", "f", "guitar"), ("Stuhl", "m", "chair"), ("Koffer", "m", "suitcase"),
+        ("Regenschirm", "m", "umbrella"), ("Fahrrad", "n", "bicycle"), ("Radio", "n", "radio"),
+        ("Boot", "n", "boat"),
+    ],
+}
+ADJECTIVES = {  # German stem, English
+    "person": [("jung", "young"), ("müd", "tired"), ("klug", "clever"), ("hungrig", "hungry"),
+               ("freundlich", "friendly")],
+    "animal": [("alt", "old"), ("jung", "young"), ("klein", "small"), ("groß", "big"),
+               ("hungrig", "hungry")],
+    "thing": [("alt", "old"), ("neu", "new"), ("klein", "small"), ("groß", "big"),
+              ("rot", "red"), ("schwer", "heavy")],
+}
+ARTICLES = {  # of each gender: (indefinite, adjective ending), (definite, adjective ending)
+    "m": [("ein", "er"), ("der", "e")],
+    "f": [("eine", "e"), ("die", "e")],
+    "n": [("ein", "es"), ("das", "e")],
+    "m object": [("einen", "en"), ("den", "en")],  # only a masculine object differs from a subject
+}
+# German: finite form, infinitive, participle. English: base form, third person, past. Then the
+# kinds of nouns that can be the subject and the object.
+VERBS = [
+    ("sieht", "sehen", "gesehen", "see", "sees", "saw",
+     ["person", "animal"], ["person", "animal", "thing"]),
+    ("hört", "hören", "gehört", "hear", "hears", "heard",
+     ["person", "animal"], ["person", "animal"]),
+    ("findet", "finden", "gefunden", "find", "finds", "found",
+     ["person", "animal"], ["person", "animal", "thing"]),
+    ("besucht", "besuchen", "besucht", "visit", "visits", "visited",
+     ["person"], ["person"]),
+    ("jagt", "jagen", "gejagt", "chase", "chases", "chased",
+     ["animal"], ["person", "animal"]),
+    ("weckt", "wecken", "geweckt", "wake", "wakes", "woke",
+     ["person", "animal"], ["person", "animal"]),
+    ("malt", "malen", "gemalt", "paint", "paints", "painted",
+     ["person"], ["person", "animal", "thing"]),
+    ("fotografiert", "fotografieren", "fotografiert", "photograph", "photographs", "photographed",
+     ["person"], ["person", "animal", "thing"]),
+    ("trägt", "tragen", "getragen", "carry", "carries", "carried",
+     ["person"], ["thing"]),
+    ("kauft", "kaufen", "gekauft", "buy", "buys", "bought",
+     ["person"], ["animal", "thing"]),
+    ("verkauft", "verkaufen", "verkauft", "sell", "sells", "sold",
+     ["person"], ["animal", "thing"]),
+    ("repariert", "reparieren", "repariert", "repair", "repairs", "repaired",
+     ["person"], ["thing"]),
+]
+
+
+def _pick(rng, options):
+    """A random element of a list. Unlike rng.choice, the same in every version of Python."""
+    return options[int(rng.random() * len(options))]
+
+
+def _noun_phrase(rng, role, noun, kind, definite):
+    """An article, perhaps an adjective, and a noun: the German and the English words, in order."""
+    german, gender, english = noun
+    case = gender
+    if role == "object" and gender == "m":
+        case = "m object"
+    article, ending = ARTICLES[case][definite]
+    german_words = [german]
+    english_words = [english]
+    if rng.random() < 0.4:
+        stem, english_adjective = _pick(rng, ADJECTIVES[kind])
+        german_words = [stem + ending, german]
+        english_words = [english_adjective, english]
+    if definite:
+        english_article = "the"
+    elif english_words[0][0] in "aeiou":
+        english_article = "an"
+    else:
+        english_article = "a"
+    return [article] + german_words, [english_article] + english_words
 
 
 def toy_pair(n):
-    """Line n: German, English, and for every English word (and the full stop) the indices of its German words."""
-    draw = random.Random(n).random  # a sequence that is the same in every version of Python
+    """Line n of the toy language, from 1 on: the German sentence, the English one, the alignment.
 
-    def pick(options):
-        return options[int(draw() * len(options))]
+    The alignment has a list for every English word and the full stop: the indices of its German
+    words. "saw" has two of them, "hat" and "gesehen".
+    """
+    rng = random.Random(n)
+    # Choose the words.
+    verb = _pick(rng, VERBS)
+    present, infinitive, participle, base, third_person, past, subject_kinds, object_kinds = verb
+    kind = _pick(rng, subject_kinds)
+    subject_definite = rng.random() < 0.7
+    subject_noun = _pick(rng, NOUNS[kind])
+    subject, subject_english = _noun_phrase(rng, "subject", subject_noun, kind, subject_definite)
+    kind = _pick(rng, object_kinds)
+    object_noun = _pick(rng, [noun for noun in NOUNS[kind] if noun != subject_noun])
+    object_definite = rng.random() < 0.7
+    object_, object_english = _noun_phrase(rng, "object", object_noun, kind, object_definite)
 
-    def noun_phrase(role, noun, kind, definite):
-        """(slot, German word, English word) of the article, perhaps an adjective, and the noun."""
-        german, gender, english = noun
-        article, ending = ARTICLES.get(f"{gender} {role}", ARTICLES[gender])[definite]
-        words = [(f"{role} noun", german, english)]
-        if draw() < 0.4:
-            stem, english = pick(ADJECTIVES[kind])
-            words.insert(0, (f"{role} adjective", stem + ending, english))
-        a = "an" if english[0] in "aeiou" else "a"
-        return [(f"{role} article", article, "the" if definite else a), *words]
+    # Choose the tense: it decides the verb forms and which adverbs make sense.
+    tense = _pick(rng, ["past", "present", "can"])
+    if tense == "past":         # Der Mann hat gestern den Hund gesehen. The man saw the dog ...
+        finite, last = "hat", [participle]
+        english_verb = [past]
+        adverb, adverb_english = _pick(rng, [(["gestern"], ["yesterday"]), ([], [])])
+    elif tense == "present":    # Der Mann sieht den Hund. The man sees the dog.
+        finite, last = present, []
+        english_verb = [third_person]
+        # No adverb. We draw a number all the same, because every line depends on all draws.
+        adverb, adverb_english = _pick(rng, [([], [])])
+    else:                       # Der Mann kann heute den Hund sehen. The man can see the dog ...
+        finite, last = "kann", [infinitive]
+        english_verb = ["can", base]
+        adverb, adverb_english = _pick(
+            rng, [(["heute"], ["today"]), (["morgen"], ["tomorrow"]), ([], [])])
 
-    present, infinitive, participle, base, third_person, past, subject_kinds, object_kinds = pick(VERBS)
-    kind, subject_definite = pick(subject_kinds.split(",")), draw() < 0.7
-    subject_noun = pick(NOUNS[kind])
-    subject = noun_phrase("subject", subject_noun, kind, subject_definite)
-    kind = pick(object_kinds.split(","))
-    object_noun = pick([noun for noun in NOUNS[kind] if noun != subject_noun])
-    object_ = noun_phrase("object", object_noun, kind, draw() < 0.7)
-    # a word is (slot, German, English), or (slot, word) if it is in one sentence only; finite+last: both German verbs
-    finite, last, english_verb, adverbs = pick([
-        ("hat", [("last", participle)], [("finite+last", past)], ["gestern yesterday", ""]),
-        (present, [], [("finite", third_person)], [""]),
-        ("kann", [("last", infinitive)], [("finite", "can"), ("last", base)], ["heute today", "morgen tomorrow", ""])])
-    words = pick(adverbs).split()
-    adverb = [("adverb", *words)] if words else []
-    first = pick(["subject"] + ["object"] * (object_noun[1] == "m" and subject_definite) + ["adverb"] * len(adverb))
-    parts = {"subject": subject, "adverb": adverb, "object": object_}
-    german = [*parts.pop(first), ("finite", finite), *itertools.chain(*parts.values()), *last, (".", ".")]
-    english = [*subject, *english_verb, *object_, (".", ".")]
-    english = [*adverb, *english] if first == "adverb" else [*english[:-1], *adverb, english[-1]]
-    index = {slot: i for i, (slot, *_) in enumerate(german)}
-    alignment = [[index[slot] for slot in slots.split("+")] for slots, *_ in english]
-    german, english = (" ".join(words[:-1]) + "." for words in ([w[1] for w in german], [w[-1] for w in english]))
-    return german[0].upper() + german[1:], english[0].upper() + english[1:], alignment
+    # Choose what comes first in German, and put the parts in order.
+    can_be_first = ["subject"]
+    if object_noun[1] == "m" and subject_definite:
+        can_be_first.append("object")
+    if adverb:
+        can_be_first.append("adverb")
+    first = _pick(rng, can_be_first)
+    if first == "subject":
+        german_order = ["subject", "finite", "adverb", "object", "last"]
+    elif first == "object":
+        german_order = ["object", "finite", "subject", "adverb", "last"]
+    else:
+        german_order = ["adverb", "finite", "subject", "object", "last"]
+    parts = {"subject": subject, "finite": [finite], "adverb": adverb, "object": object_,
+             "last": last}
+    german = []
+    position = {}                               # of each part: the index of its first word
+    for name in german_order:
+        position[name] = len(german)
+        german += parts[name]
+
+    # English has the order subject, verb, object. The adverb comes first or last.
+    subject_alignment = [[position["subject"] + i] for i in range(len(subject))]
+    object_alignment = [[position["object"] + i] for i in range(len(object_))]
+    adverb_alignment = [[position["adverb"]]] if adverb else []
+    if tense == "past":
+        verb_alignment = [[position["finite"], position["last"]]]
+    elif tense == "present":
+        verb_alignment = [[position["finite"]]]
+    else:
+        verb_alignment = [[position["finite"]], [position["last"]]]
+    english = subject_english + english_verb + object_english
+    alignment = subject_alignment + verb_alignment + object_alignment
+    if first == "adverb":
+        english = adverb_english + english
+        alignment = adverb_alignment + alignment
+    else:
+        english = english + adverb_english
+        alignment = alignment + adverb_alignment
+    alignment.append([len(german)])             # the full stop
+    return _sentence(german), _sentence(english), alignment
+
+
+def _sentence(words):
+    """Join the words, with a capital at the start and a full stop at the end."""
+    text = " ".join(words) + "."
+    return text[0].upper() + text[1:]
 
 
 def part_of(german):
-    """The part of a sentence pair, decided by a hash of the German sentence: "test" and "val" get 1 in 32 each."""
-    return {0: "test", 1: "val"}.get(zlib.crc32(german.encode()) % 32, "train")
+    """The part of a sentence pair: "train", or with a probability of 1/32 each "val" and "test".
+
+    A hash of the German sentence decides, so a sentence that occurs twice is in one part only.
+    """
+    bucket = zlib.crc32(german.encode()) % 32
+    if bucket == 0:
+        return "test"
+    if bucket == 1:
+        return "val"
+    return "train"
 
 
 def toy_lines(part, n_lines):
-    """The results of `toy_pair` for one part of the first `n_lines` lines, each German sentence once."""
-    lines = {line[0]: line for line in map(toy_pair, range(1, n_lines + 1)) if part_of(line[0]) == part}
+    """The results of `toy_pair` in one part of the first `n_lines` lines, each sentence once."""
+    lines = {}
+    for n in range(1, n_lines + 1):
+        german, english, alignment = toy_pair(n)
+        if part_of(german) == part:
+            lines[german] = (german, english, alignment)
     return list(lines.values())
 
 
+# --------------------------------------------------------------------------------------------------
+# Data 2: everyday sentences, captions, and text files of your own
+#
+# tatoeba: English-German pairs from https://tatoeba.org, collected by
+# https://www.manythings.org/anki, licence CC BY 2.0 (the edition of 2018-05-13).
+# multi30k: Elliott et al. 2016, https://arxiv.org/abs/1605.00459.
+
+TATOEBA_URL = ("https://raw.githubusercontent.com/rioyshky/translation/"
+               "de48b7027f7318d77010a6e08ed928c10748c23d/deu-eng.zip")
+TATOEBA_SHA256 = "b7688f84f99fa33c17397c14d8bd9cef1fdeb2ee0bf50074767023aee8926e28"
 MULTI30K_URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
 MULTI30K_SHA256 = {
     "train.de.gz": "726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6",
@@ -277,47 +489,138 @@ MULTI30K_SHA256 = {
     "val.de.gz": "f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a",
     "val.en.gz": "14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28",
     "test_2016_flickr.de.gz": "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
-    "test_2016_flickr.en.gz": "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9"}
+    "test_2016_flickr.en.gz": "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
+}
 
 
-def load_pairs(data, part):
-    """(German, English) pairs of the part "train", "val" or "test" of "toy", "multi30k" or a text file (also "all")."""
-    if data == "toy":  # as many lines as each part needs
-        return [line[:2] for line in toy_lines(part, {"train": 100_000, "val": 10_000, "test": 30_000}[part])]
-    if data == "multi30k":  # Elliott et al. 2016, https://arxiv.org/abs/1605.00459
-        texts = []
-        for language in ("de", "en"):
-            name = f"{'test_2016_flickr' if part == 'test' else part}.{language}.gz"
-            path = os.path.join("data", "multi30k", name)
-            download(MULTI30K_URL + name, path, MULTI30K_SHA256[name])
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                texts.append([line.strip() for line in file])
-        return list(zip(*texts))
+def normalize(text):
+    """Bring a text into a standard form: composed characters (Unicode NFC) and single spaces.
+
+    "ä" can be one character or two (a, then two dots), and there are many kinds of white space.
+    Such texts look the same, but to a tokenizer they are different. Every text goes through here.
+    """
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def fold(german):
+    """German as the encoder reads it: in lower case, with ae, oe, ue and ss for ä, ö, ü and ß.
+
+    People type "wie gehts dir", "WIE GEHT ES DIR?" and "Maedchen". After folding, these are the
+    same tokens as in carefully typed text, so one model translates them all.
+    """
+    german = german.casefold()      # lower case, and "ss" for "ß"
+    return german.replace("ä", "ae").replace("ö", "oe").replace("ü", "ue")
+
+
+def read_file(data):
+    """The (German, English) pairs of "tatoeba" or of a text file, one for each line, normalized."""
     try:
-        with open(data, encoding="utf-8-sig") as file:
-            lines = file.read().rstrip("\n").split("\n")
+        if data == "tatoeba":
+            path = os.path.join("data", "tatoeba", "deu-eng.zip")
+            download(TATOEBA_URL, path, TATOEBA_SHA256)
+            with zipfile.ZipFile(path) as archive:
+                text = archive.read("deu.txt").decode("utf-8-sig")
+        else:
+            with open(data, encoding="utf-8-sig") as file:
+                text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"cannot read {data}: {error}")
     pairs = []
-    for n, line in enumerate(lines, start=1):                            # English, a tab, German, perhaps more columns
-        english, german = ([column.strip() for column in line.split("\t")] + [""])[:2]
-        if not (english and german):
+    for n, line in enumerate(text.rstrip("\n").split("\n"), start=1):
+        columns = [normalize(column) for column in line.split("\t")]
+        if len(columns) < 2 or not columns[0] or not columns[1]:
             sys.exit(f"{data}, line {n}: expected English, a tab and German, found {line[:40]!r}")
-        if part in ("all", part_of(german)):
-            pairs.append((german, english))
-    return pairs or sys.exit(f"{data} has too few lines: its {part} part is empty")
+        english, german = columns[:2]
+        pairs.append((german, english))
+    return pairs
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokens: byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). Every text is a sequence of
-# bytes, so 256 tokens can represent any of them. Then the most frequent pair of adjacent tokens becomes a new token,
-# repeatedly, so frequent words become single tokens: " H" "und" becomes " Hund".
-WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")      # merges stay within a word; the space before a word belongs to it
-FIRST_BYTE = EOS + 1                            # tokens: PAD, BOS, EOS, the 256 bytes, then one for each merge
+def read_multi30k(part):
+    """The (German, English) pairs of a part of Multi30k, normalized."""
+    if part == "test":
+        part = "test_2016_flickr"
+    sentences = {}
+    for language in ("de", "en"):
+        name = f"{part}.{language}.gz"
+        path = os.path.join("data", "multi30k", name)
+        download(MULTI30K_URL + name, path, MULTI30K_SHA256[name])
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            sentences[language] = [normalize(line) for line in file]
+    return list(zip(sentences["de"], sentences["en"]))
+
+
+def _key(text):
+    """A text without case and punctuation."""
+    return " ".join(re.findall(r"\w+", fold(text)))
+
+
+def split_pairs(pairs, part):
+    """The pairs in one part of a corpus, such that held-out sentences are new to the model.
+
+    In everyday sentences one translation has many sources: "Komm!" and "Komm her!" are both "Come
+    here!". So `part_of` alone would hold out German sentences whose translation was seen in
+    training. A pair of "val" and "test" therefore counts only if neither of its sentences occurs in
+    training, compared without case and punctuation. A German sentence with several translations
+    counts once, with the first of those.
+    """
+    train = [(german, english) for german, english in pairs if part_of(german) == "train"]
+    if part == "train":
+        return train
+    seen = set()
+    for german, english in train:
+        seen.add(_key(german))
+        seen.add(_key(english))
+    held_out = {}
+    for german, english in pairs:
+        new = _key(german) not in seen and _key(english) not in seen
+        if part_of(german) == part and new and german not in held_out:
+            held_out[german] = english
+    return list(held_out.items())
+
+
+def load_pairs(data, part):
+    """The (German, English) pairs of a part of "toy", "tatoeba", "multi30k" or a text file.
+
+    The part is "train", "val" or "test".
+    """
+    if data == "toy":
+        n_lines = {"train": N_TOY_TRAINING_LINES, "val": 10_000, "test": 30_000}[part]
+        pairs = [(german, english) for german, english, _ in toy_lines(part, n_lines)]
+    elif data == "multi30k":
+        pairs = read_multi30k(part)
+    else:
+        pairs = split_pairs(read_file(data), part)
+    if not pairs:
+        sys.exit(f"{data} has too few lines: its {part} part is empty")
+    return pairs
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokens: byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909)
+#
+# A model with one token for each word cannot read or write new words. A model with one token for
+# each letter needs long sequences. Byte-pair encoding is in between: frequent words are one token,
+# rare words are several pieces. Every text is a sequence of bytes (UTF-8), so the first tokens are
+# the 256 bytes. Then the most frequent pair of neighboring tokens becomes a new token, again and
+# again. Among equally frequent pairs, the one with the smallest tokens comes first. Five words, and
+# the first three merges:
+#
+#     h u n d     h u n d e     h u n g e r     h a n d     b u n d
+#     h u nd      h u nd e      h u n g e r     h a nd      b u nd     1. n + d    (4 times)
+#     hu nd       hu nd e       hu n g e r      h a nd      b u nd     2. h + u    (3 times)
+#     hund        hund e        hu n g e r      h a nd      b u nd     3. hu + nd  (2 times)
+
+WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")  # a word with the space before it; merges stay inside
+FIRST_BYTE = EOS + 1                        # tokens: PAD, BOS, EOS, 256 bytes, then the merges
+
+
+def _bytes_of(text):
+    """The tokens of the bytes of a text. A character that UTF-8 cannot encode becomes "?"."""
+    return [FIRST_BYTE + byte for byte in text.encode("utf-8", errors="replace")]
 
 
 def merge(tokens, pair, token):
-    """Replace every occurrence of the pair in the list of tokens by `token`."""
+    """Replace every occurrence of the pair in a list of tokens by one token."""
     merged = []
     for t in tokens:
         if merged and (merged[-1], t) == pair:
@@ -328,398 +631,839 @@ def merge(tokens, pair, token):
 
 
 def learn_merges(texts, n_merges):
-    """The first `n_merges` pairs to merge, in order. Stops early when no pair occurs twice."""
-    frequency = collections.Counter(word for text in texts for word in WORD.findall(text))
-    words = [([FIRST_BYTE + b for b in word.encode("utf-8", "surrogatepass")], n) for word, n in frequency.items()]
-    counts, where = collections.Counter(), collections.defaultdict(set)  # of each pair: how often, in which words
-    for i, (tokens, n) in enumerate(words):
+    """The first `n_merges` pairs to merge, in order. Stops early if no pair occurs twice."""
+    # Count the words, because the same word is split in the same way everywhere.
+    frequency_of = collections.Counter()
+    for text in texts:
+        frequency_of.update(WORD.findall(text))
+    words = [_bytes_of(word) for word in frequency_of]
+    frequencies = list(frequency_of.values())
+
+    # Count every pair, and remember in which words it occurs.
+    counts = collections.Counter()
+    words_with = collections.defaultdict(set)
+    for i, tokens in enumerate(words):
         for pair in zip(tokens, tokens[1:]):
-            counts[pair] += n
-            where[pair].add(i)
+            counts[pair] += frequencies[i]
+            words_with[pair].add(i)
+
     merges = []
-    while len(merges) < n_merges and (most := max(counts.values(), default=0)) > 1:
-        pair = min(pair for pair, n in counts.items() if n == most)      # ties: the smallest pair
-        for i in where.pop(pair):                                        # only the counts in these words change
-            old, n = words[i]
-            words[i] = merge(old, pair, FIRST_BYTE + 256 + len(merges)), n
-            for tokens, change in (old, -n), words[i]:
-                for p in zip(tokens, tokens[1:]):
-                    counts[p] += change
-                    where[p].add(i)
+    while len(merges) < n_merges:
+        most = max(counts.values(), default=0)
+        if most < 2:
+            break
+        pair = min(pair for pair, count in counts.items() if count == most)  # a tie: the smallest
+        token = FIRST_BYTE + 256 + len(merges)
         merges.append(pair)
+        # Only the words that contain the pair change: replace the counts of their pairs.
+        for i in words_with.pop(pair):
+            old_tokens = words[i]
+            new_tokens = merge(old_tokens, pair, token)
+            for p in zip(old_tokens, old_tokens[1:]):
+                counts[p] -= frequencies[i]
+            for p in zip(new_tokens, new_tokens[1:]):
+                counts[p] += frequencies[i]
+                words_with[p].add(i)
+            words[i] = new_tokens
     return merges
 
 
 class Tokenizer:
-    """Text to tokens and back, lossless for every str. `merges` is a list of pairs of tokens, in order."""
+    """Text to tokens and back. `merges` is a list of pairs of tokens, in order.
 
-    def __init__(self, merges):
-        self.merged = {tuple(pair): FIRST_BYTE + 256 + n for n, pair in enumerate(merges)}  # the token of each pair
-        self.pieces = [b""] * FIRST_BYTE + [bytes([b]) for b in range(256)]                # the bytes of each token
+    `folded` says whether source texts are folded before they are encoded.
+    """
+
+    def __init__(self, merges, folded=True):
+        self.folded = folded
+        self.token_of = {}                              # (left, right) -> the merged token
+        self.pieces = [b""] * FIRST_BYTE                # the bytes of every token
+        self.pieces += [bytes([byte]) for byte in range(256)]
         for left, right in merges:
+            self.token_of[left, right] = len(self.pieces)
             self.pieces.append(self.pieces[left] + self.pieces[right])
-        self.encoded = {}                                                # words seen before, with their tokens
+        self.known = {}                                 # word -> its tokens, to encode it only once
 
     def encode(self, text):
-        """The tokens of a text, a list of ints: the bytes of each word, merged in the order of `merges`."""
-        words = WORD.findall(text)
-        for word in words:
-            if word not in self.encoded:
-                tokens = [FIRST_BYTE + b for b in word.encode("utf-8", "surrogatepass")]
-                while pairs := [pair for pair in zip(tokens, tokens[1:]) if pair in self.merged]:
-                    first = min(pairs, key=self.merged.get)
-                    tokens = merge(tokens, first, self.merged[first])
-                self.encoded[word] = tokens
-        return [token for word in words for token in self.encoded[word]]
+        """The tokens of a text, a list of ints."""
+        tokens = []
+        for word in WORD.findall(text):
+            if word not in self.known:
+                self.known[word] = self.encode_word(word)
+            tokens += self.known[word]
+        return tokens
+
+    def encode_word(self, word):
+        """The tokens of a word: its bytes, merged in the order in which the merges were learned."""
+        tokens = _bytes_of(word)
+        while True:
+            pairs = [pair for pair in zip(tokens, tokens[1:]) if pair in self.token_of]
+            if not pairs:
+                return tokens
+            first = min(pairs, key=self.token_of.get)   # the earliest merge has the smallest token
+            tokens = merge(tokens, first, self.token_of[first])
 
     def decode(self, tokens):
-        """The text of a list of tokens. Invalid UTF-8, which a model may produce, becomes U+FFFD."""
+        """The text of a list of tokens. A model can write invalid UTF-8: it becomes U+FFFD."""
         data = b"".join(self.pieces[token] for token in tokens)
-        try:
-            return data.decode("utf-8", "surrogatepass")
-        except UnicodeDecodeError:
-            return data.decode("utf-8", "replace")
+        return data.decode("utf-8", errors="replace")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training: batches and loss
+def encode_source(tokenizer, german):
+    """What the encoder reads: the tokens of the German text, then EOS."""
+    if tokenizer.folded:
+        german = fold(german)
+    return tokenizer.encode(german) + [EOS]
+
+
+def encode_pairs(tokenizer, pairs):
+    """(src, tgt) lists of tokens of (German, English) pairs; tgt has BOS before and EOS after."""
+    examples = []
+    for german, english in pairs:
+        src = encode_source(tokenizer, german)
+        tgt = [BOS] + tokenizer.encode(english) + [EOS]
+        examples.append((src, tgt))
+    return examples
+
+
+def drop_long(tokenizer, pairs, part):
+    """The pairs with fewer than MAX_LEN tokens in each language. Prints how many are left out."""
+    short = []
+    for german, english in pairs:
+        n_source = len(encode_source(tokenizer, german)) - 1
+        n_target = len(tokenizer.encode(english))
+        if n_source < MAX_LEN and n_target < MAX_LEN:
+            short.append((german, english))
+    if not short:
+        sys.exit(f"every pair of the {part} part has {MAX_LEN} tokens or more")
+    if len(short) < len(pairs):
+        n_dropped = len(pairs) - len(short)
+        print(f"{part} part: {n_dropped} pairs of {MAX_LEN} tokens or more are left out")
+    return short
+
+
+# --------------------------------------------------------------------------------------------------
+# Training: batches, loss, learning rate
+
+
 def make_batches(examples, batch_tokens, seed):
-    """Endless batches: lists of indices of examples (src, tgt), about `batch_tokens` tokens each, padding included."""
+    """Endless batches: lists of indices of examples, about `batch_tokens` tokens each.
+
+    All sentences of a batch are padded to the longest one. So we sort the sentences by length and
+    cut the sorted list into batches: then a batch has hardly any padding.
+    """
     for epoch in itertools.count():
         rng = random.Random(seed + epoch)
-        # similar lengths share a batch, for little padding; adding 0 or 1 to them at random makes every epoch different
-        order = sorted((int(len(tgt) + 2 * rng.random()), len(src), i) for i, (src, tgt) in enumerate(examples))
-        batches, longest = [[]], 0
+        # Adding 0 or 1 to the lengths at random makes the batches of every epoch different.
+        order = []
+        for i, (src, tgt) in enumerate(examples):
+            noisy_length = len(tgt) + int(2 * rng.random())
+            order.append((noisy_length, len(src), i))
+        order.sort()
+        batches = []
+        batch = []
+        longest = 0
         for _, _, i in order:
-            size = len(examples[i][0]) + len(examples[i][1])
-            longest = max(longest, size)
-            if batches[-1] and longest * (len(batches[-1]) + 1) > batch_tokens:
-                batches.append([])
-                longest = size
-            batches[-1].append(i)
+            src, tgt = examples[i]
+            length = len(src) + len(tgt)
+            longest = max(longest, length)
+            if batch and longest * (len(batch) + 1) > batch_tokens:
+                batches.append(batch)
+                batch = []
+                longest = length
+            batch.append(i)
+        batches.append(batch)
         rng.shuffle(batches)
         yield from batches
 
 
 def pad(rows, device):
-    """Lists of tokens -> a tensor (B, T); shorter rows are filled with PAD."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows], device=device)
+    """Lists of tokens -> a tensor (B, T). Shorter rows are filled with PAD."""
+    longest = max(len(row) for row in rows)
+    padded = [row + [PAD] * (longest - len(row)) for row in rows]
+    return torch.tensor(padded, device=device)
 
 
 def batch_loss(model, examples, device, label_smoothing=0.0):
-    """Cross-entropy, summed over all target tokens of a batch that are not padding."""
-    src, tgt = (pad(side, device) for side in zip(*examples))            # (B, S), (B, T + 1)
-    logits, _ = model(src, tgt[:, :-1], need_weights=False)              # (B, T, vocab_size), predicts tgt[:, 1:]
-    # Label smoothing (section 5.4) spreads a fraction of the target's probability over all tokens. That keeps the model
-    # from becoming overconfident, and it raises the loss, whose minimum is now the entropy of the smoothed target.
-    return F.cross_entropy(logits.flatten(0, 1), tgt[:, 1:].flatten(), ignore_index=PAD, reduction="sum",
-                           label_smoothing=label_smoothing)
+    """Cross-entropy of the next token, summed over all target tokens that are not padding."""
+    src = pad([src for src, _ in examples], device)     # (B, S)
+    tgt = pad([tgt for _, tgt in examples], device)     # (B, T + 1): BOS, the sentence, EOS
+    logits, _ = model(src, tgt[:, :-1])                 # (B, T, vocab_size)
+    targets = tgt[:, 1:]                                # (B, T): the token after each input token
+    # Label smoothing (section 5.4) gives 90 % of the target probability to the right token and
+    # spreads 10 % over all tokens. A probability of exactly 1 would need an infinite logit. Now the
+    # best logits are finite, and the model does not become overconfident. It also raises the loss:
+    # a perfect model now has the entropy of the smoothed targets instead of 0.
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD,
+                           reduction="sum", label_smoothing=label_smoothing)
 
 
 @torch.no_grad()
 def validation_loss(model, examples, device):
-    """Mean cross-entropy of all target tokens, without dropout or label smoothing. Leaves the model in eval mode."""
-    model.eval()
-    examples = sorted(examples, key=lambda example: len(example[1]))     # similar lengths, little padding
-    total = sum(batch_loss(model, examples[i:i + 64], device).item() for i in range(0, len(examples), 64))
-    return total / sum(len(tgt) - 1 for _, tgt in examples)
+    """Mean cross-entropy of all target tokens, without label smoothing."""
+    examples = sorted(examples, key=lambda example: len(example[1]))  # little padding
+    total = 0.0
+    for start in range(0, len(examples), 64):
+        total += batch_loss(model, examples[start:start + 64], device).item()
+    n_targets = sum(len(tgt) - 1 for _, tgt in examples)
+    return total / n_targets
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Decoding, and BLEU, the score of translations
+def learning_rate(step, n_steps, peak):
+    """The learning rate of a step: a linear warm-up to `peak`, then a cosine down to zero.
+
+    Adam's first steps rest on few gradients, which are unreliable, so these steps must be small.
+    At the end, small steps let the weights settle.
+    """
+    warmup = max(1, min(n_steps // 10, 1000))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (n_steps - warmup))) / 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Decoding: greedy, and beam search
+
+
+@torch.no_grad()
+def greedy(model, src):
+    """Translate src (B, S) by taking the most probable token at every step. Returns (B, T).
+
+    A translation ends with EOS or has max_len - 1 tokens, and is filled with PAD.
+    """
+    memory, src_mask = model.encode(src)
+    cache = {}
+    tokens = torch.full((len(src), 1), BOS, device=src.device)              # (B, 1)
+    ended = torch.zeros(len(src), dtype=torch.bool, device=src.device)      # (B,)
+    while tokens.size(1) < model.max_len and not ended.all():
+        logits, _ = model.decode(tokens[:, -1:], memory, src_mask, cache)   # (B, 1, vocab_size)
+        logits[..., PAD] = -math.inf                # never write padding inside a sentence
+        next_token = logits[:, -1].argmax(dim=-1)   # (B,)
+        next_token[ended] = PAD
+        tokens = torch.cat([tokens, next_token[:, None]], dim=1)
+        ended = ended | (next_token == EOS)
+    return tokens[:, 1:]
+
+
+# Greedy decoding cannot go back. The best first word can lead to a sentence that is less probable
+# than one that starts with the second best word. Beam search keeps the `beam` best hypotheses
+# instead of one. A hypothesis is a partial translation, and its score is the sum of the log
+# probabilities of its tokens. Every step extends each hypothesis by every token, and keeps the best
+# of the results. With beam = 2, and the scores in brackets:
+#
+#   step 1    I (-0.4)               We (-1.3)              ...     the 2 best first tokens
+#   step 2    I sleep (-0.9)         I am (-1.5)
+#             We sleep (-1.4)        ...                            keep "I sleep" and "We sleep"
+#   step 3    I sleep <eos> (-1.7)   We sleep <eos> (-2.6)
+#             We sleep well (-1.8)   ...                            keep the first and the third
+#   step 4    I sleep <eos> (-1.7)   We sleep well <eos> (-2.0)     both have ended
+#
+# Every token lowers the score, so short translations would be favored. We therefore compare
+# score / length: -1.7 / 3 = -0.57 and -2.0 / 4 = -0.50, so "We sleep well" wins. With beam = 1,
+# beam search is greedy decoding.
+
+
 @torch.no_grad()
 def beam_search(model, src, beam, length_penalty=1.0):
-    """The best translation found for each sentence of src (B, S): tokens (B, T) up to EOS or max_len - 1, then PAD."""
-    # A hypothesis is a partial translation, its score the sum of the log probabilities of its tokens. Every step
-    # extends each hypothesis by every token and keeps the `beam` best results. With beam = 2, and scores in brackets:
-    #   step 1    I (-0.4)              We (-1.3)              ...                      the 2 best first tokens
-    #   step 2    I sleep (-0.9)        I am (-1.5)            We sleep (-1.4)  ...     keep "I sleep" and "We sleep"
-    #   step 3    I sleep <eos> (-1.7)  We sleep <eos> (-2.6)  We sleep well (-1.8) ... keep the first and the third
-    #   step 4    I sleep <eos> (-1.7)  We sleep well <eos> (-2.0)  ...                 all have ended: the second wins
-    # The best have the highest score / length ** length_penalty: in step 4, -2.0 / 4 is more than -1.7 / 3. Every token
-    # lowers the score, so without the division short translations would be favored. beam = 1 is greedy decoding.
-    B, cache = len(src), {}
-    memory, src_mask = (x.repeat_interleave(beam, dim=0) for x in model.encode(src))       # (B * beam, S, d_model)
-    tokens = torch.full((B * beam, 1), BOS, device=src.device)           # grows to (B * beam, 1 + T)
-    scores = torch.full((B, beam), -math.inf, device=src.device)         # (B, beam) sums of log probabilities
-    scores[:, 0] = 0.0                          # all start equal: extending each would give `beam` copies
-    lengths, ended = torch.zeros_like(scores), torch.zeros_like(scores, dtype=torch.bool)
+    """Translate src (B, S): the hypothesis with the highest score / length ** length_penalty.
+
+    Returns (B, T) as `greedy` does. The rows of a sentence's hypotheses are next to each other.
+    """
+    B = len(src)
+    memory, src_mask = model.encode(src)
+    memory = memory.repeat_interleave(beam, dim=0)              # (B * beam, S, d_model)
+    src_mask = src_mask.repeat_interleave(beam, dim=0)
+    cache = {}
+    tokens = torch.full((B * beam, 1), BOS, device=src.device)  # grows to (B * beam, 1 + T)
+    scores = torch.full((B, beam), -math.inf, device=src.device)
+    scores[:, 0] = 0.0      # only the first hypothesis counts at the start: the others are copies
+    lengths = torch.zeros(B, beam, device=src.device)
+    ended = torch.zeros(B, beam, dtype=torch.bool, device=src.device)
+    first_row = beam * torch.arange(B, device=src.device).unsqueeze(1)      # (B, 1)
     while tokens.size(1) < model.max_len and not ended.all():
         logits, _ = model.decode(tokens[:, -1:], memory, src_mask, cache)
-        log_probs = logits.log_softmax(dim=-1).view(B, beam, -1)         # (B, beam, vocab_size)
+        log_probs = logits.log_softmax(dim=-1).view(B, beam, -1)            # (B, beam, vocab_size)
+        vocab_size = log_probs.size(-1)
         log_probs[..., PAD] = -math.inf
-        log_probs[ended] = -math.inf            # after its end a hypothesis is extended by PAD only, at no cost
+        # A hypothesis that has ended stays as it is: its only extension is PAD, at no cost.
+        log_probs[ended] = -math.inf
         log_probs[..., PAD][ended] = 0.0
+        # Rank all extensions of a sentence by score / length, and keep the best.
         lengths = lengths + ~ended
-        extended = scores.unsqueeze(-1) + log_probs                      # (B, beam, vocab_size)
-        best = (extended / lengths.unsqueeze(-1) ** length_penalty).flatten(1).topk(beam).indices           # (B, beam)
-        parent, token = best // log_probs.size(-1), best % log_probs.size(-1)
-        scores, lengths = extended.flatten(1).gather(1, best), lengths.gather(1, parent)
+        extended = scores.unsqueeze(-1) + log_probs                         # (B, beam, vocab_size)
+        ranking = extended / lengths.unsqueeze(-1) ** length_penalty
+        _, best = ranking.flatten(1).topk(beam)                             # (B, beam), best first
+        parent = best // vocab_size                 # which hypothesis is extended
+        token = best % vocab_size                   # by which token
+        scores = extended.flatten(1).gather(1, best)
+        lengths = lengths.gather(1, parent)
         ended = ended.gather(1, parent) | (token == EOS)
-        rows = (beam * torch.arange(B, device=src.device).unsqueeze(1) + parent).flatten()
-        tokens = torch.cat([tokens[rows], token.view(-1, 1)], dim=1)     # new row i continues the old row rows[i]
-        cache = {module: (key[rows], value[rows]) for module, (key, value) in cache.items()}
-    return tokens.view(B, beam, -1)[:, 0, 1:]                            # topk sorts: the first is the best
+        # The hypotheses continue in a new order, and so do their keys and values.
+        rows = (first_row + parent).flatten()                               # (B * beam,)
+        tokens = torch.cat([tokens[rows], token.view(-1, 1)], dim=1)
+        for module, (key, value) in cache.items():
+            cache[module] = (key[rows], value[rows])
+    return tokens.view(B, beam, -1)[:, 0, 1:]       # the best hypothesis, without BOS
 
 
 def translate(model, tokenizer, sentences, beam):
-    """Translate a list of strings, in batches of 64 sentences of similar length. A blank string gives an empty one."""
-    sources = [tokenizer.encode(sentence) + [EOS] for sentence in sentences]
+    """Translate a list of strings. A blank one gives an empty one.
+
+    Sentences of similar length form batches of 64. Exits if a sentence has too many tokens.
+    """
+    device = model.token_embedding.weight.device
+    sentences = [normalize(sentence) for sentence in sentences]
+    sources = [encode_source(tokenizer, sentence) for sentence in sentences]
     for sentence, source in zip(sentences, sources):
         if len(source) > model.max_len:
-            sys.exit(f"a text may have {model.max_len - 1} tokens at most, not {len(source) - 1}: {sentence[:40]}...")
-    order = sorted((i for i, sentence in enumerate(sentences) if sentence.strip()), key=lambda i: len(sources[i]))
+            sys.exit(f"a text can have at most {model.max_len - 1} tokens, this one has "
+                     f"{len(source) - 1}: {sentence[:40]}...")
+    not_blank = [i for i in range(len(sentences)) if sentences[i]]
+    order = sorted(not_blank, key=lambda i: len(sources[i]))
     translations = [""] * len(sentences)
     for start in range(0, len(order), 64):
         rows = order[start:start + 64]
-        src = pad([sources[i] for i in rows], model.token_embedding.weight.device)         # (B, S)
-        for i, tokens in zip(rows, beam_search(model, src, beam).tolist()):
-            translations[i] = tokenizer.decode(tokens)                   # EOS and PAD have no bytes
+        src = pad([sources[i] for i in rows], device)
+        if beam == 1:
+            outputs = greedy(model, src)
+        else:
+            outputs = beam_search(model, src, beam)
+        for i, tokens in zip(rows, outputs.tolist()):
+            translations[i] = tokenizer.decode(tokens)  # EOS and PAD have no bytes
     return translations
+
+
+# --------------------------------------------------------------------------------------------------
+# BLEU (Papineni et al. 2002, https://aclanthology.org/P02-1040): how similar to the references?
+#
+# An n-gram is a sequence of n words. For n = 1 to 4, the precision is the fraction of the
+# translation's n-grams that occur in the reference. BLEU is the geometric mean of the four
+# precisions, times 100, reduced if the translations are shorter than the references. It compares
+# with one reference, and there are many good translations, so people are far below 100, too.
 
 
 def bleu_words(text):
     """Split a text into words and punctuation marks as mteval-v13a, the standard script, does."""
-    for entity, sign in ("<skipped>", ""), ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"):
-        text = text.replace(entity, sign)
-    text = re.sub(r"([!-&(-+/:-@[-`{-~])", r" \1 ", f" {text} ")         # all punctuation but ' , - .
-    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)                    # . and , after a non-digit
-    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)                    # . and , before a non-digit
-    return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()                # - after a digit
+    text = text.replace("<skipped>", "").replace("&quot;", '"')
+    text = text.replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
+    text = re.sub(r"([!-&(-+/:-@[-`{-~])", r" \1 ", f" {text} ")    # all punctuation but ' , - .
+    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)               # . and , after a non-digit
+    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)               # . and , before a non-digit
+    text = re.sub(r"([0-9])(-)", r"\1 \2 ", text)                   # - after a digit
+    return text.split()
+
+
+def count_ngrams(words, n):
+    """How often every sequence of n words occurs."""
+    counts = collections.Counter()
+    for start in range(len(words) - n + 1):
+        counts[tuple(words[start:start + n])] += 1
+    return counts
 
 
 def bleu(translations, references):
-    """BLEU (Papineni et al. 2002) from 0 to 100, as sacreBLEU computes it by default, with one reference each."""
-    matches, totals, reference_length = [0] * 4, [0] * 4, 0              # of n-grams, n = 1 to 4
-    for words, reference_words in zip(map(bleu_words, translations), map(bleu_words, references)):
+    """BLEU from 0 to 100, as sacreBLEU computes it by default, with one reference each."""
+    matches = [0, 0, 0, 0]              # n-grams that occur in the reference, n = 1 to 4
+    totals = [0, 0, 0, 0]               # all n-grams of the translations
+    reference_length = 0
+    for translation, reference in zip(translations, references):
+        words = bleu_words(translation)
+        reference_words = bleu_words(reference)
         reference_length += len(reference_words)
         for n in range(1, 5):
-            ours, theirs = (collections.Counter(zip(*[w[i:] for i in range(n)])) for w in (words, reference_words))
-            matches[n - 1] += (ours & theirs).total()                    # each n-gram of the reference is used once
+            ours = count_ngrams(words, n)
+            theirs = count_ngrams(reference_words, n)
+            common = ours & theirs      # the smaller count: no reference n-gram is used twice
+            matches[n - 1] += common.total()
             totals[n - 1] += ours.total()
-    if not matches[0] or not totals[3]:
+    if matches[0] == 0 or totals[3] == 0:
         return 0.0
-    log_precision, n_zeros = 0.0, 0
+    log_precision = 0.0
+    n_zeros = 0
     for match, total in zip(matches, totals):
-        n_zeros += match == 0                   # smoothing: the first n without a match counts 1/2, the next 1/4, ...
-        log_precision += math.log((match or 0.5 ** n_zeros) / total) / 4
-    # the geometric mean of the precisions matches / totals, reduced if the translations are shorter than the references
-    return 100 * math.exp(log_precision + min(0.0, 1 - reference_length / totals[0]))
+        if match == 0:                  # smoothing: the first zero counts 1/2, the next 1/4, ...
+            n_zeros += 1
+            match = 0.5 ** n_zeros
+        log_precision += math.log(match / total) / 4
+    log_brevity_penalty = min(0.0, 1 - reference_length / totals[0])
+    return 100 * math.exp(log_precision + log_brevity_penalty)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Using a trained model: what does cross-attention attend to? Then --test, --line and --text
+# --------------------------------------------------------------------------------------------------
+# Looking inside: which source word does each target word come from?
+#
+# In the toy language we know the answer, so we can score two kinds of guesses. A head's guess is
+# the source word with the largest attention weight. The gradient's guess is the source word where a
+# small change of the embedding changes the target word's log probability the most. This is the
+# method of saliency.py, tried where the right answer is known. The baselines are the word at the
+# same position (diagonal) and a random word (chance).
+
+
+def right_words(alignment, n_source_words):
+    """(T, S) booleans: True where source word s is right for target word t."""
+    right = torch.zeros(len(alignment), n_source_words, dtype=torch.bool)
+    for t, source_words in enumerate(alignment):
+        right[t, source_words] = True
+    return right
+
+
+def encode_line(model, tokenizer, line):
+    """The source tokens (1, S + 1) with EOS, the target tokens (1, T + 2) with BOS and full stop,
+    and the right words (T, S) of a line of the toy language.
+
+    S counts the source's full stop, T does not count the target's: it is too easy to find.
+    """
+    german, english, alignment = line
+    src = encode_source(tokenizer, german)
+    tgt = [BOS] + tokenizer.encode(english)
+    n_source_words = len(german.split()) + 1
+    if len(src) != n_source_words + 1 or len(tgt) != len(alignment) + 1:
+        sys.exit("the alignment needs one token for each word: train with more --merges")
+    device = model.token_embedding.weight.device
+    right = right_words(alignment[:-1], n_source_words)
+    return pad([src], device), pad([tgt], device), right
+
+
 def alignment_accuracy(model, tokenizer, lines):
-    """How often each head attends most to the right source word (2, n_dec_layers, H), and how often baselines do."""
-    device, hits, chance, diagonal, n_words = model.token_embedding.weight.device, 0, 0, 0, 0
-    for german, english, alignment in lines:                             # right for "saw": "hat" or "gesehen"
-        src, tgt = tokenizer.encode(german) + [EOS], [BOS] + tokenizer.encode(english)       # the reference is fed in
-        one_token_per_word = len(src) == len(german.split()) + 2 and len(tgt) == len(alignment) + 1
-        assert one_token_per_word, "alignment needs one token per word: train with more --merges"
-        T, S = len(alignment) - 1, len(src) - 1                          # without the target's full stop, without <eos>
-        right = torch.tensor([[s in words for s in range(S)] for words in alignment[:T]])    # (T, S)
-        _, weights = model.decode(pad([tgt], device), *model.encode(pad([src], device)), need_weights=True)
-        attended = torch.cat(weights)[..., :S].argmax(dim=-1).cpu()      # B = 1, so cat gives (n_dec_layers, H, T + 2)
-        # For the input "<bos> The man", row 0 of the weights *produces* "The" and row 1 *consumes* it. Both can be
-        # read as the alignment of "The" (Chen et al. 2020, arXiv:2004.14837).
-        rows = torch.stack([attended[..., :T], attended[..., 1:T + 1]])  # (2, n_dec_layers, H, T)
-        hits += right[torch.arange(T), rows].sum(dim=-1)
-        chance += right.float().mean(dim=1).sum()                        # baseline: a random source word
-        diagonal += right.diagonal().sum()                               # baseline: the word at the same position
+    """How often each head attends most to a right source word (2, n_dec_layers, H).
+
+    Also returns how often chance and the diagonal are right. For the input "<bos> The man", row 0
+    of the weights *produces* "The" (its output predicts it), and row 1 *consumes* it (it is that
+    row's input). A head may look up the word to be written next, or the word just written. So both
+    rows can be read as the alignment of "The" (Chen et al. 2020, https://arxiv.org/abs/2004.14837),
+    and the first dimension of the result is for these two.
+    """
+    hits = 0
+    chance = 0
+    diagonal = 0
+    n_words = 0
+    for line in lines:
+        src, tgt, right = encode_line(model, tokenizer, line)
+        T, S = right.shape
+        memory, src_mask = model.encode(src)
+        _, weights = model.decode(tgt, memory, src_mask)    # the reference is the decoder's input
+        weights = torch.cat(weights)                        # (n_dec_layers, H, T + 2, S + 1)
+        attended = weights[..., :S].argmax(dim=-1).cpu()    # without EOS
+        words = torch.arange(T)
+        produces = right[words, attended[..., :T]]          # (n_dec_layers, H, T)
+        consumes = right[words, attended[..., 1:T + 1]]
+        hits += torch.stack([produces, consumes]).sum(dim=-1)
+        chance += right.float().mean(dim=1).sum()
+        diagonal += right.diagonal().sum()
         n_words += T
     return hits / n_words, chance / n_words, diagonal / n_words
 
 
-def plot_cross_attention(model, tokenizer, sentence, beam, path):
-    """Heatmaps of the last decoder block's heads for `sentence`. A row is labeled with the token that it produces."""
-    src = pad([tokenizer.encode(sentence) + [EOS]], model.token_embedding.weight.device)   # (1, S)
+def gradient_accuracy(model, tokenizer, lines):
+    """How often the largest gradient is at a right source word.
+
+    The gradient is that of the target word's log probability with respect to the embedding of each
+    source word, and its size is the norm. It says how much a small change of the source word would
+    change the target word.
+    """
+    hits = 0
+    n_words = 0
+    for line in lines:
+        src, tgt, right = encode_line(model, tokenizer, line)
+        T, S = right.shape
+        # One copy of the sentence for each target word, so one backward pass gives all gradients.
+        src_mask = (src != PAD)[:, None, None, :]
+        embeddings = model.embed(src).repeat(T, 1, 1).requires_grad_()      # (T, S + 1, d_model)
+        memory = embeddings
+        for block in model.encoder:
+            memory = block(memory, src_mask)
+        logits, _ = model.decode(tgt.repeat(T, 1), memory, src_mask)
+        log_probs = logits.log_softmax(dim=-1)              # (T, T + 2, vocab_size)
+        words = torch.arange(T)
+        produced = log_probs[words, words, tgt[0, 1:T + 1]]     # copy t: of target word t alone
+        gradient = torch.autograd.grad(produced.sum(), embeddings)[0]
+        guess = gradient.norm(dim=-1)[:, :S].argmax(dim=-1).cpu()           # (T,)
+        hits += right[words, guess].sum()
+        n_words += T
+    return hits / n_words
+
+
+def plot_cross_attention(model, tokenizer, sentence, beam, path, reference=None, alignment=None):
+    """Heatmaps of the last decoder block's heads. A row is labeled with the token it produces.
+
+    If the translation is equal to the reference, a dot marks the right cells of each row.
+    """
+    device = model.token_embedding.weight.device
+    src = pad([encode_source(tokenizer, sentence)], device)             # (1, S)
     tokens = beam_search(model, src, beam)
-    tokens = tokens[:, tokens[0] != PAD]                                 # (1, T)
-    _, weights = model(src, F.pad(tokens, (1, 0), value=BOS)[:, :-1])    # (1, H, T, S)
-    labels = [[tokenizer.decode([t]).replace(" ", "_") or "<eos>" for t in row.tolist()] for row in (src[0], tokens[0])]
-    plot_attention(weights[0], *labels, path, x_name="source token", y_name="produced token")
+    tokens = tokens[:, tokens[0] != PAD]                                # (1, T)
+    decoder_input = F.pad(tokens, (1, 0), value=BOS)[:, :-1]            # BOS first, no last token
+    _, weights = model(src, decoder_input)                              # (1, H, T, S)
+    source_labels = [_label(tokenizer, token) for token in src[0].tolist()]
+    produced_labels = [_label(tokenizer, token) for token in tokens[0].tolist()]
+    marks = None
+    if alignment and tokenizer.decode(tokens[0].tolist()) == reference:
+        right = right_words(alignment, src.size(1) - 1)
+        marks = F.pad(right, (0, 1, 0, 1))                              # EOS has no right cell
+        if marks.shape == weights.shape[-2:]:                           # one token for each word
+            marks = marks.expand_as(weights[0])
+        else:
+            marks = None
+    plot_attention(weights[0], source_labels, produced_labels, path,
+                   x_name="source token", y_name="produced token", marks=marks)
+
+
+def _label(tokenizer, token):
+    """A token as the label of a heatmap; "_" stands for the space before a word."""
+    return tokenizer.decode([token]).replace(" ", "_") or "<eos>"
+
+
+# --------------------------------------------------------------------------------------------------
+# Using a trained model: --test, --line and --text
 
 
 def load_model(data, out_dir, device):
     """The trained model for this data and its tokenizer, from `out_dir` or else from assets/."""
     name = f"translate_{os.path.basename(data)}.pt"
-    for path in (os.path.join(out_dir, name), os.path.join(os.path.dirname(__file__), "assets", name)):
-        if os.path.exists(path):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            model = TransformerModel(*saved["sizes"], dropout=0.0)
-            model.load_state_dict(saved["weights"])                      # stored in float16
-            return model.to(device).eval().requires_grad_(False), Tokenizer(saved["merges"])
-    sys.exit(f"no weights for {data}: train them with python translate.py --data {data} --out_dir {out_dir}")
+    path = os.path.join(out_dir, name)
+    if not os.path.exists(path):
+        path = os.path.join(os.path.dirname(__file__), "assets", name)
+    if not os.path.exists(path):
+        sys.exit(f"there are no weights for {data}: train them with "
+                 f"python translate.py --data {data} --out_dir {out_dir}")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model = TransformerModel(*saved["sizes"], dropout=0.0)
+        model.load_state_dict(saved["weights"])     # stored in half precision
+        tokenizer = Tokenizer(saved["merges"], saved.get("folded", False))
+    except Exception as error:                      # torch.load can fail in many ways
+        sys.exit(f"{path} does not hold weights of translate.py ({type(error).__name__}): "
+                 "delete it or train again")
+    steps = saved.get("steps", 22_000)              # the file for multi30k has no such entry yet
+    print(f"weights from {path}, trained for {steps} steps", file=sys.stderr)
+    model.to(device).eval().requires_grad_(False)
+    return model, tokenizer
 
 
-def score(model, tokenizer, pairs, beam):
-    """Translate the German sentences and report the fraction of exact matches and BLEU."""
-    german, english = zip(*pairs)
-    translations = translate(model, tokenizer, german, beam)
-    exact = sum(map(str.__eq__, translations, english)) / len(english)
-    return f"exact={exact:.4f} bleu={bleu(translations, english):.2f}"
+def score(model, tokenizer, sentences, references, beam):
+    """The fraction of translations that are equal to their reference, and BLEU."""
+    translations = translate(model, tokenizer, sentences, beam)
+    n_exact = 0
+    for translation, reference in zip(translations, references):
+        if translation == reference:
+            n_exact += 1
+    return n_exact / len(references), bleu(translations, references)
 
 
 def test(args):
-    """Score the test part. On the toy language, also measure how well every head aligns, and plot it."""
+    """Score the test part, and on the toy language measure the alignment. Returns the results."""
     model, tokenizer = load_model(args.data, args.out_dir, args.device)
-    result = score(model, tokenizer, load_pairs(args.data, "test"), args.beam)
+    pairs = drop_long(tokenizer, load_pairs(args.data, "test"), "test")
+    german = [pair[0] for pair in pairs]
+    english = [pair[1] for pair in pairs]
+    exact, bleu_score = score(model, tokenizer, german, english, args.beam)
+    n_params = sum(p.numel() for p in model.parameters())
+    result = f"exact={exact:.4f} bleu={bleu_score:.2f}"
     if args.data == "toy":
-        val_accuracy, _, _ = alignment_accuracy(model, tokenizer, toy_lines("val", 10_000))
-        accuracy, chance, diagonal = alignment_accuracy(model, tokenizer, toy_lines("test", 30_000))
-        result += f" alignment={accuracy.flatten()[val_accuracy.argmax()]:.4f}"  # of the head and row chosen on val
-        heads = [f"{n + 1}.{h + 1}" for n in range(accuracy.size(1)) for h in range(accuracy.size(2))]
-        print(f"most attended source word is right: chance {chance:.3f}, diagonal {diagonal:.3f}")
-        print("decoder block.head         ", *(f"{head:>5}" for head in heads))
-        figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
-        for reading, values, marker in zip(("produces", "consumes"), accuracy.flatten(1).tolist(), ("o", "s")):
-            print(f"row that {reading} the word", *(f"{x:.3f}" for x in values))
-            axis.plot(heads, values, marker, label=f"row that {reading} the word")
-        axis.axhline(diagonal, color="grey", linestyle="--", label="diagonal")
-        axis.axhline(chance, color="grey", linestyle=":", label="chance")
-        axis.set(xlabel="decoder block.head", ylabel="accuracy", ylim=(-0.05, 1.05))
-        figure.legend(loc="outside upper center", ncols=4, fontsize=7)
-        path = os.path.join(args.out_dir, "translate_alignment.png")
-        figure.savefig(path, dpi=100)
-        print(f"saved {path}")
-    return f"{result} params={sum(p.numel() for p in model.parameters())}"
+        alignment, gradient = test_alignment(model, tokenizer, args.out_dir)
+        result += f" alignment={alignment:.4f} gradient={gradient:.4f}"
+    if args.data == "tatoeba":
+        # Careless typing. Lower case, capitals, ae for ä and ss for ß change nothing after `fold`.
+        # What is left to measure is a missing full stop.
+        careless = [sentence.lower().removesuffix(".") for sentence in german]
+        _, careless_bleu = score(model, tokenizer, careless, english, args.beam)
+        print(f"in lower case and without the final full stop: BLEU {careless_bleu:.2f}")
+    return f"{result} params={n_params}"
+
+
+def test_alignment(model, tokenizer, out_dir):
+    """Print and plot how often every head and the gradient find a right source word.
+
+    Returns the accuracy of the best head, which is chosen on the validation part, and that of the
+    gradient.
+    """
+    val_accuracy, _, _ = alignment_accuracy(model, tokenizer, toy_lines("val", 10_000))
+    test_lines = toy_lines("test", 30_000)
+    accuracy, chance, diagonal = alignment_accuracy(model, tokenizer, test_lines)
+    gradient = gradient_accuracy(model, tokenizer, test_lines[:300])    # slower: a part is enough
+    best = val_accuracy.argmax()                                        # index into all heads
+    _, n_blocks, n_heads = accuracy.shape
+    heads = []
+    for block in range(1, n_blocks + 1):
+        for head in range(1, n_heads + 1):
+            heads.append(f"{block}.{head}")
+    produces, consumes = accuracy.flatten(1).tolist()
+    print("fraction of the target words whose most attended source word is right")
+    print("decoder block.head         ", *(f"{head:>5}" for head in heads))
+    print("row that produces the word ", *(f"{value:.3f}" for value in produces))
+    print("row that consumes the word ", *(f"{value:.3f}" for value in consumes))
+    print(f"gradient {gradient:.3f}, diagonal {diagonal:.3f}, chance {chance:.3f}")
+
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    axis.plot(heads, produces, "o", label="row that produces the word")
+    axis.plot(heads, consumes, "s", label="row that consumes the word")
+    axis.axhline(gradient, color="tab:red", label="gradient")
+    axis.axhline(diagonal, color="grey", linestyle="--", label="diagonal")
+    axis.axhline(chance, color="grey", linestyle=":", label="chance")
+    axis.set(xlabel="decoder block.head", ylabel="accuracy", ylim=(-0.05, 1.05))
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
+    path = os.path.join(out_dir, "translate_alignment.png")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(f"saved {path}")
+    return accuracy.flatten()[best].item(), gradient.item()
+
+
+def translate_line(args):
+    """Translate line --line of the data, and print it beside the reference."""
+    alignment = None
+    if args.data == "toy":
+        n_lines = N_TOY_LINES
+    else:
+        if args.data == "multi30k":
+            pairs = read_multi30k("test")
+        else:
+            pairs = read_file(args.data)
+        n_lines = len(pairs)
+    if not 1 <= args.line <= n_lines:
+        sys.exit(f"--line {args.line}: {args.data} has lines 1 to {n_lines}")
+    if args.data == "toy":
+        german, english, alignment = toy_pair(args.line)
+    else:
+        german, english = pairs[args.line - 1]
+    model, tokenizer = load_model(args.data, args.out_dir, args.device)
+    translation = translate(model, tokenizer, [german], args.beam)[0]
+    print(f"source:      {german}")
+    print(f"reference:   {english}")
+    print(f"translation: {translation}")
+    if args.data == "multi30k":
+        held_out = "yes"                # --line counts the lines of the test part
+    elif args.data == "toy" and args.line > N_TOY_TRAINING_LINES:
+        held_out = "yes, unless it is also among the first 100,000 lines"
+    elif part_of(german) == "train":
+        held_out = "no"
+    elif args.data == "toy" or (german, english) in split_pairs(pairs, part_of(german)):
+        held_out = "yes"
+    else:
+        held_out = "yes, but its translation occurs in training"
+    print(f"held out:    {held_out}")
+    if args.plot:
+        path = os.path.join(args.out_dir, f"translate_{os.path.basename(args.data)}.png")
+        plot_cross_attention(model, tokenizer, german, args.beam, path, english, alignment)
+
+
+def read_stdin():
+    """The lines of standard input, decoded as UTF-8, one by one."""
+    for n, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            yield line.decode("utf-8-sig" if n == 1 else "utf-8")
+        except UnicodeDecodeError:
+            sys.exit(f"line {n} of standard input is not UTF-8")
 
 
 def translate_texts(args):
-    """Translate the sentences of --line or --text, print the translations, and plot the attention with --plot."""
-    if args.line is None:
-        sentences = [line.rstrip("\n") for line in sys.stdin] if args.text == ["-"] else args.text
-    else:
-        pairs = [] if args.data == "toy" else load_pairs(args.data, "test" if args.data == "multi30k" else "all")
-        n_lines = len(pairs) or N_TOY_LINES
-        if not 1 <= args.line <= n_lines:
-            sys.exit(f"--line {args.line}: {args.data} has lines 1 to {n_lines}")
-        sentence, reference = pairs[args.line - 1] if pairs else toy_pair(args.line)[:2]
-        print(f"source:      {sentence}\nreference:   {reference}\ntranslation: ", end="")
-        sentences = [sentence]
+    """Translate the texts of --text, or with --text - the lines of standard input."""
     model, tokenizer = load_model(args.data, args.out_dir, args.device)
-    for n, translation in enumerate(translate(model, tokenizer, sentences, args.beam), start=1):
+    if args.text == ["-"] and sys.stdin.isatty():
+        for line in read_stdin():       # someone is typing: answer every line at once
+            print(*translate(model, tokenizer, [line], args.beam), flush=True)
+        return
+    sentences = list(read_stdin()) if args.text == ["-"] else args.text
+    translations = translate(model, tokenizer, sentences, args.beam)
+    for n, (sentence, translation) in enumerate(zip(sentences, translations), start=1):
         print(translation)
         if args.plot and translation:
             name = f"translate_{os.path.basename(args.data)}_{n}.png"
-            plot_cross_attention(model, tokenizer, sentences[n - 1], args.beam, os.path.join(args.out_dir, name))
+            path = os.path.join(args.out_dir, name)
+            plot_cross_attention(model, tokenizer, normalize(sentence), args.beam, path)
 
 
 if __name__ == "__main__":
-    options = {  # training options whose defaults depend on the data: type, toy language, other data, help
-        "steps": (positive(int), 500, 22_000, "training steps"),
-        "batch_tokens": (positive(int), 4000, 2000, "tokens in each batch, both languages together"),
-        "lr": (positive(float), 0.003, 0.0015, "peak learning rate"),
-        "dropout": (float, 0.1, 0.25, "dropout probability"),
-        "d_model": (positive(int), 64, 192, "width of the model"),
-        "n_heads": (positive(int), 4, 4, "attention heads"),
-        "n_enc_layers": (positive(int), 2, 3, "encoder blocks"),
-        "n_dec_layers": (positive(int), 2, 3, "decoder blocks"),
-        "merges": (positive(int), 600, 4000, "byte-pair merges")}
     start = time.perf_counter()
+
+    # Options. Those of training have a default for each corpus; "tatoeba" is for text files, too.
+    DEFAULTS = {
+        "toy": dict(steps=500, batch_tokens=4000, lr=0.003, dropout=0.1, merges=600,
+                    d_model=64, n_heads=4, n_enc_layers=2, n_dec_layers=2),
+        "tatoeba": dict(steps=16_000, batch_tokens=2000, lr=0.0015, dropout=0.1, merges=8000,
+                        d_model=192, n_heads=4, n_enc_layers=3, n_dec_layers=3),
+        "multi30k": dict(steps=22_000, batch_tokens=2000, lr=0.0015, dropout=0.25, merges=4000,
+                         d_model=192, n_heads=4, n_enc_layers=3, n_dec_layers=3),
+    }
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", default=argparse.SUPPRESS, help="toy (the default), multi30k (the default with "
-                        "--text), or a text file with English, a tab and German on every line")
-    parser.add_argument("--test", action="store_true", help="do not train: score the test part")
+    parser.add_argument("--data", default=argparse.SUPPRESS,
+                        help="toy (the default), multi30k (the default with --text), tatoeba, or a "
+                             "text file with English, a tab and German on every line")
+    parser.add_argument("--test", action="store_true",
+                        help="do not train: score the test part")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--line", type=int, help="do not train: translate this line, counted from 1 (ignores --test)")
-    mode.add_argument("--text", nargs="+", help="do not train: translate these texts; - reads lines from stdin")
-    mode.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    parser.add_argument("--plot", action="store_true", help="with --line or --text: plot the cross-attention")
-    parser.add_argument("--beam", type=positive(int), default=5, help="hypotheses in beam search; 1 is greedy")
-    for name, (kind, toy, other, text) in options.items():
-        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (toy {toy}, else {other})")
+    mode.add_argument("--line", type=int,
+                      help="do not train: translate this line of the data, from 1 on")
+    mode.add_argument("--text", nargs="+",
+                      help="do not train: translate these texts; - reads lines from stdin")
+    mode.add_argument("--resume", action="store_true",
+                      help="continue an interrupted training")
+    parser.add_argument("--plot", action="store_true",
+                        help="with --line or --text: plot the cross-attention")
+    parser.add_argument("--beam", type=positive(int), default=5,
+                        help="hypotheses in beam search; 1 is greedy decoding")
+    training_options = [
+        ("steps", positive(int), "training steps"),
+        ("batch_tokens", positive(int), "tokens in each batch, both languages together"),
+        ("lr", positive(float), "peak learning rate"),
+        ("dropout", float, "dropout probability"),
+        ("merges", positive(int), "byte-pair merges"),
+        ("d_model", positive(int), "width of the model"),
+        ("n_heads", positive(int), "attention heads"),
+        ("n_enc_layers", positive(int), "encoder blocks"),
+        ("n_dec_layers", positive(int), "decoder blocks"),
+    ]
+    for name, kind, text in training_options:
+        values = ", ".join(f"{data} {defaults[name]}" for data, defaults in DEFAULTS.items())
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS,
+                            help=f"{text} ({values})")
     args = parse_args(parser)
     vars(args).setdefault("data", "multi30k" if args.text else "toy")
-    for name, (_, toy, other, _) in options.items():
-        vars(args).setdefault(name, toy if args.data == "toy" else other)
-    if args.d_model % args.n_heads:
+    defaults = DEFAULTS.get(args.data, DEFAULTS["tatoeba"])
+    for name, value in defaults.items():
+        vars(args).setdefault(name, value)
+    if args.d_model % args.n_heads != 0:
         parser.error(f"--n_heads {args.n_heads} does not divide --d_model {args.d_model}")
-    if args.line is not None or args.text:
-        sys.exit(translate_texts(args))
+
+    # Without training: use weights that were trained before.
+    if args.line is not None:
+        translate_line(args)
+        sys.exit()
+    if args.text:
+        translate_texts(args)
+        sys.exit()
     if args.plot:
         parser.error("--plot needs --line or --text")
     if args.test:
-        print(f"result: {test(args)} seconds={time.perf_counter() - start:.1f}")
+        result = test(args)
+        print(f"result: {result} seconds={time.perf_counter() - start:.1f}")
         sys.exit()
 
-    # Under torchrun every process takes a part of each batch, and DistributedDataParallel averages the gradients. The
-    # loss is divided by the targets of all parts, so they should be added: hence the factor world_size below.
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
+    # Several processes, started by torchrun (skip this on a first reading). Every process has a
+    # rank from 0 to world_size - 1, and takes a part of each batch. DistributedDataParallel
+    # averages their gradients. Usually there is one process, with rank 0.
+    rank = 0
+    world_size = 1
+    if distributed.is_torchelastic_launched():
+        rank = int(os.environ["RANK"])
+        world_size = int(os.environ["WORLD_SIZE"])
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+
+    # Files: the weights, and beside them the checkpoint of an unfinished run.
     weights_path = os.path.join(args.out_dir, f"translate_{os.path.basename(args.data)}.pt")
-    checkpoint_path = weights_path + ".checkpoint"  # an unfinished run; deleted at the end
+    checkpoint_path = weights_path + ".checkpoint"
     if args.resume and not os.path.exists(checkpoint_path):
         sys.exit(f"there is nothing to resume: {checkpoint_path} does not exist")
     if not args.resume and os.path.exists(checkpoint_path):
-        sys.exit(f"{checkpoint_path} holds an unfinished run: continue it with --resume, or delete the file")
+        sys.exit(f"{checkpoint_path} holds an unfinished run: continue it with --resume, "
+                 "or delete the file")
 
-    train_pairs, val_pairs = load_pairs(args.data, "train"), load_pairs(args.data, "val")
-    settings = {name: getattr(args, name) for name in ("data", "seed", *options)}
-    settings.update({"checksum of the data": zlib.crc32(repr(train_pairs).encode()), "processes": world_size})
-    merges = learn_merges(itertools.chain(*train_pairs), args.merges)
-    tokenizer = Tokenizer(merges)
-    train_pairs, val_pairs = ([pair for pair in pairs if max(len(tokenizer.encode(text)) for text in pair) < MAX_LEN]
-                              for pairs in (train_pairs, val_pairs))     # without sentences that are too long
-    examples, val_examples = ([(tokenizer.encode(german) + [EOS], [BOS, *tokenizer.encode(english), EOS])
-                               for german, english in pairs] for pairs in (train_pairs, val_pairs))
-    sizes = len(tokenizer.pieces), MAX_LEN, args.d_model, args.n_heads, args.n_enc_layers, args.n_dec_layers
-    model = TransformerModel(*sizes, args.dropout).to(args.device)
+    # Data. The tokenizer learns from the training part alone.
+    train_pairs = load_pairs(args.data, "train")
+    val_pairs = load_pairs(args.data, "val")
+    folded = args.data != "multi30k"        # captions keep their capitals
+    texts = [fold(german) if folded else german for german, _ in train_pairs]
+    texts += [english for _, english in train_pairs]
+    tokenizer_merges = learn_merges(texts, args.merges)
+    tokenizer = Tokenizer(tokenizer_merges, folded)
+    checksum = zlib.crc32(repr(train_pairs).encode())       # for --resume: is it the same data?
+    train_pairs = drop_long(tokenizer, train_pairs, "train")
+    val_pairs = drop_long(tokenizer, val_pairs, "val")
+    examples = encode_pairs(tokenizer, train_pairs)
+    val_examples = encode_pairs(tokenizer, val_pairs)
+
+    # Model and optimizer
+    vocab_size = len(tokenizer.pieces)
+    sizes = [vocab_size, MAX_LEN, args.d_model, args.n_heads, args.n_enc_layers, args.n_dec_layers]
+    model = TransformerModel(*sizes, dropout=args.dropout).to(args.device)
+    n_params = sum(p.numel() for p in model.parameters())
+    # betas and eps are those of section 5.3 of the paper
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
-    n_params, first_step = sum(p.numel() for p in model.parameters()), 0
     if rank == 0:
-        print(f"{n_params:,} parameters, {len(examples):,} training pairs, {len(val_examples):,} validation pairs")
+        print(f"{n_params:,} parameters, {len(examples):,} training pairs, "
+              f"{len(val_examples):,} validation pairs")
+
+    # Resume an interrupted run, with the options and the data that it had.
+    settings = {name: getattr(args, name) for name in ["data", "seed", *defaults]}
+    settings["checksum of the data"] = checksum
+    settings["processes"] = world_size
+    first_step = 0
     if args.resume:
         checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
         if checkpoint["settings"] != settings:
-            sys.exit(f"cannot resume: {checkpoint_path} was made with {checkpoint['settings']}, not {settings}")
+            sys.exit(f"cannot resume: {checkpoint_path} was made with {checkpoint['settings']}, "
+                     f"not {settings}")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first_step = checkpoint["step"]
 
-    net = model if world_size == 1 else nn.parallel.DistributedDataParallel(model)
-    batches = itertools.islice(make_batches(examples, args.batch_tokens, args.seed), first_step, None)
-    warmup = max(1, min(args.steps // 10, 1000))
+    # Training loop
+    net = model
+    if world_size > 1:
+        net = nn.parallel.DistributedDataParallel(model)    # the same weights
+    batches = make_batches(examples, args.batch_tokens, args.seed)
+    batches = itertools.islice(batches, first_step, None)   # a resumed run skips the old batches
     for step in range(first_step, args.steps):
         model.train()
-        torch.manual_seed(args.seed + step * world_size + rank)          # so a resumed run draws the same dropout masks
+        torch.manual_seed(args.seed + step * world_size + rank)     # for dropout, also if resumed
+
+        # Get a batch.
         indices = next(batches)
         if len(indices) < world_size:
-            continue                                                     # every process needs a sentence
+            continue                                        # every process needs a sentence
         batch = [examples[i] for i in indices[rank::world_size]]
-        n_targets = sum(len(examples[i][1]) - 1 for i in indices)        # of all processes
+        n_targets = sum(len(examples[i][1]) - 1 for i in indices)   # of all processes
+
+        # Forward: the mean loss of all targets. DistributedDataParallel divides the sum of the
+        # gradients by world_size, so we multiply by it.
         loss = batch_loss(net, batch, args.device, label_smoothing=0.1) / n_targets * world_size
-        if step < warmup:                                                # linear warm-up, then cosine decay to zero
-            lr = args.lr * (step + 1) / warmup
-        else:
-            lr = args.lr * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup))) / 2
-        optimizer.param_groups[0]["lr"] = lr
+
+        # Backward, update. Clipping keeps a rare huge gradient from ruining the weights.
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)   # before clipping
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
         optimizer.step()
 
+        # Log, and save a checkpoint. os.replace is atomic: a run that is killed while it saves
+        # leaves the old checkpoint or the new one, but not half a file.
         if step == 0 and rank == 0:
-            print(f"step 0: loss {loss:.4f}, uniform prediction ln {sizes[0]} = {math.log(sizes[0]):.4f}", flush=True)
+            print(f"step 0/{args.steps}: loss {loss:.4f}, uniform prediction ln {vocab_size} = "
+                  f"{math.log(vocab_size):.4f}", flush=True)
         if (step + 1) % max(1, args.steps // 20) == 0 and rank == 0:
-            val_loss, seconds = validation_loss(model, val_examples, args.device), time.perf_counter() - start
-            print(f"step {step + 1}: loss {loss:.4f}, validation loss {val_loss:.4f}, {seconds:.0f} s")
+            model.eval()                                    # without dropout
+            val_loss = validation_loss(model, val_examples, args.device)
+            seconds = time.perf_counter() - start
+            print(f"step {step + 1}/{args.steps}: loss {loss:.4f}, "
+                  f"validation loss {val_loss:.4f}, {seconds:.0f} s")
             print("   ", *translate(model, tokenizer, [val_pairs[0][0]], args.beam), flush=True)
-            torch.save({"settings": settings, "step": step + 1, "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict()}, checkpoint_path + ".tmp")
-            os.replace(checkpoint_path + ".tmp", checkpoint_path)        # a kill leaves the old file or the new one
+            checkpoint = {"settings": settings, "step": step + 1, "model": model.state_dict(),
+                          "optimizer": optimizer.state_dict()}
+            torch.save(checkpoint, checkpoint_path + ".tmp")
+            os.replace(checkpoint_path + ".tmp", checkpoint_path)
 
     if world_size > 1:
         distributed.destroy_process_group()
-    if rank == 0:
-        weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
-        torch.save({"sizes": sizes, "merges": merges, "weights": weights}, weights_path + ".tmp")
-        os.replace(weights_path + ".tmp", weights_path)
+    if rank != 0:
+        sys.exit()
+
+    # Save the weights in half precision: they are half as large, and translate as well.
+    weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    saved = {"sizes": sizes, "merges": tokenizer_merges, "folded": folded, "steps": args.steps,
+             "weights": weights}
+    torch.save(saved, weights_path + ".tmp")
+    os.replace(weights_path + ".tmp", weights_path)
+    if os.path.exists(checkpoint_path):
         os.remove(checkpoint_path)
-        print(f"saved {weights_path}")
-        result = score(*load_model(args.data, args.out_dir, args.device), val_pairs, args.beam)
-        print(f"result: {result} params={n_params} seconds={time.perf_counter() - start:.1f}")
+    print(f"saved {weights_path}")
+
+    # Evaluation, with the weights as saved
+    model, tokenizer = load_model(args.data, args.out_dir, args.device)
+    german = [pair[0] for pair in val_pairs]
+    english = [pair[1] for pair in val_pairs]
+    exact, bleu_score = score(model, tokenizer, german, english, args.beam)
+    seconds = time.perf_counter() - start
+    print(f"result: exact={exact:.4f} bleu={bleu_score:.2f} params={n_params} "
+          f"seconds={seconds:.1f}")
