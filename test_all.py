@@ -1,5 +1,6 @@
 """Tests of what the scripts and the README claim, in the order of the scripts. Run with: pytest test_all.py"""
 
+import argparse
 import collections
 import contextlib
 import gzip
@@ -84,77 +85,216 @@ def classifier(*sizes):
 
 MASKS = {"none": None,
          "causal": torch.ones(5, 7).tril().bool(),
-         "padding": (torch.arange(7) < torch.tensor([7, 4])[:, None])[:, None, None, :],        # (B, 1, 1, T_k)
+         "padding": (torch.arange(7) < torch.tensor([[7], [4]])).view(2, 1, 1, 7),
          "random": torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(1)) < 0.6,
          "a query with nothing to attend to": torch.ones(5, 7).tril(-1).bool()}
 
 
+def queries_keys_values():
+    """Random q (2, 3, 5, 8), k (2, 3, 7, 8), v (2, 3, 7, 4)."""
+    q = torch.randn(2, 3, 5, 8, requires_grad=True)
+    k = torch.randn(2, 3, 7, 8, requires_grad=True)
+    v = torch.randn(2, 3, 7, 4, requires_grad=True)
+    return q, k, v
+
+
+def test_the_loops_give_the_output_of_the_matrices():
+    q, k, v = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5, 2)
+    loops = attention_script.attention_loops(q.tolist(), k.tolist(), v.tolist())
+    assert torch.allclose(torch.tensor(loops), attention(q, k, v)[0], atol=1e-6)
+
+
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-def test_the_formula_equals_the_fused_kernel_in_outputs_and_gradients(mask):
-    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 4)
-    results = []
-    for need_weights in (True, False):
-        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
-        output, weights = attention(*inputs, mask, need_weights=need_weights)
-        assert weights.shape == (2, 3, 5, 7) if need_weights else weights is None
-        output.square().sum().backward()
-        results.append([output, *(t.grad for t in inputs)])
-    for explicit, fused in zip(*results):
-        assert torch.allclose(explicit, fused, atol=1e-5)
+def test_the_output_is_that_of_torch(mask):
+    q, k, v = queries_keys_values()
+    expected = F.scaled_dot_product_attention(q, k, v, mask)
+    assert torch.allclose(attention(q, k, v, mask)[0], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (4, 2, 3)], ids=str)
-@pytest.mark.parametrize("activation, need_weights", [("softmax", True), ("softmax", False), ("sigmoid", True)])
-def test_a_query_with_nothing_to_attend_to_gets_zeros_and_finite_gradients(lead, activation, need_weights):
-    q, k, v = (torch.randn(*lead, 4, 8, requires_grad=True) for _ in range(3))
-    mask = torch.ones(4, 4, dtype=torch.bool)
-    mask[2] = False
-    output, weights = attention(q, k, v, mask, activation, need_weights)
-    output.sum().backward()
-    assert (output[..., 2, :] == 0).all() and (output[..., 1, :] != 0).any()
-    assert weights is None or (weights[..., 2, :] == 0).all()
-    assert all(torch.isfinite(t.grad).all() for t in (q, k, v))
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_the_gradients_are_those_of_torch(mask):
+    inputs = queries_keys_values()
+    ours = torch.autograd.grad(attention(*inputs, mask)[0].square().sum(), inputs)
+    expected = F.scaled_dot_product_attention(*inputs, mask).square().sum()
+    for gradient, theirs in zip(ours, torch.autograd.grad(expected, inputs)):
+        assert torch.allclose(gradient, theirs, atol=1e-5)
+
+
+def test_the_weights_are_those_of_the_output():
+    v = torch.eye(7)                                       # with one-hot values, the output is the weights
+    q, k, _ = queries_keys_values()
+    output, weights = attention(q, k, v)
+    assert torch.equal(output, weights)
+
+
+def test_softmax_weights_of_a_query_sum_to_1():
+    q, k, v = queries_keys_values()
+    assert torch.allclose(attention(q, k, v)[1].sum(dim=-1), torch.ones(2, 3, 5))
+
+
+def test_a_sigmoid_weight_depends_on_its_own_key_only():
+    q, k, v = queries_keys_values()
+    _, weights = attention(q, k, v, activation="sigmoid")
+    _, alone = attention(q, k[:, :, :1], v[:, :, :1], activation="sigmoid")
+    assert torch.allclose(weights[..., :1], alone) and weights.max() < 1 and weights.min() > 0
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_the_gradient_is_right_by_finite_differences(activation):
-    q, k, v = (torch.randn(2, T, 3, dtype=torch.float64, requires_grad=True) for T in (4, 5, 5))
-    mask = torch.ones(4, 5).tril(-1).bool()
-    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, mask, activation), (q, k, v))
+@pytest.mark.parametrize("mask", list(MASKS.values())[1:], ids=list(MASKS)[1:])
+def test_a_masked_key_gets_weight_0(mask, activation):
+    q, k, v = queries_keys_values()
+    _, weights = attention(q, k, v, mask, activation)
+    assert torch.equal(weights > 0, mask.expand(2, 3, 5, 7))
 
 
-def test_a_float_mask_is_refused():
-    x = torch.randn(2, 4)
-    with pytest.raises(AssertionError, match="True = may attend"):
-        attention(x, x, x, torch.ones(2, 2), need_weights=False)
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_a_query_with_nothing_to_attend_to_gets_zeros(activation):
+    q, k, v = queries_keys_values()
+    output, _ = attention(q, k, v, MASKS["a query with nothing to attend to"], activation)
+    assert (output[..., 0, :] == 0).all() and (output[..., 1:, :] != 0).all()
 
 
-def test_the_script_prints_the_worked_example_of_its_docstring_and_learns_the_dictionary(tmp_path):
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_the_gradients_are_right_by_finite_differences(mask, activation):
+    q, k, v = [tensor.double() for tensor in queries_keys_values()]
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, mask, activation)[0], (q, k, v), fast_mode=True)
+
+
+def test_half_precision_does_not_overflow():
+    x = torch.full((2, 64), 40.0, dtype=torch.float16)     # 64 * 40 * 40 = 102,400, the largest float16 is 65,504
+    output, weights = attention(x, x, x)
+    assert (output == 40).all() and (weights == 0.5).all()
+
+
+def test_a_mask_of_numbers_is_refused():
+    q, k, v = queries_keys_values()
+    with pytest.raises(AssertionError, match="mask must be boolean, True = may attend"):
+        attention(q, k, v, torch.ones(5, 7))
+
+
+def test_the_docstring_has_the_right_numbers():
+    query, key = torch.tensor([[2.0, 0, 2, 0]]), torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]])
+    output, weights = attention(query, key, torch.tensor([[10.0, 0], [0, 10], [5, 5]]))
+    for name, numbers in [("scores  = query . key ", query @ key.T), ("scores / sqrt(4)      ", query @ key.T / 2),
+                          ("weights = softmax     ", weights), ("output                ", output)]:
+        line = f"    {name} =  " + " ".join(f"{x:.2f}" for x in numbers[0].tolist())
+        assert line in attention_script.__doc__
+
+
+def test_queries_of_the_dictionary_are_rotated_keys():
+    rotation = torch.linalg.qr(torch.randn(8, 8))[0]
+    query, key, target = attention_script.make_lookups(5, 6, rotation, noise=0.0)
+    for b in range(5):
+        assert torch.allclose(query[b], key[b, target[b]] @ rotation, atol=1e-6)
+
+
+def test_the_script_agrees_with_its_loops_and_learns_the_dictionary(tmp_path):
     _, output = run("attention.py", "--out_dir", tmp_path)
-    assert result_of(output)["accuracy"] > 0.999 and (tmp_path / "attention_dictionary.png").exists()
-    query, key = torch.tensor([2., 0, 2, 0]), torch.tensor([[1., 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]])
-    output, weights = attention(query[None], key, torch.tensor([[10., 0], [0, 10], [5, 5]]))
-    for numbers in (query @ key.T, query @ key.T / 2, weights[0], output[0]):
-        assert " ".join(f"{x:.2f}" for x in numbers) in attention_script.__doc__
+    assert "the loops give the same output: True\n" in output
+    assert result_of(output)["accuracy"] > 0.999
+    assert (tmp_path / "attention_dictionary.png").exists()
 
 
-def test_the_fused_kernel_does_not_store_the_weights():
-    q, k, v = (torch.randn(1, 4, 512, 64, requires_grad=True) for _ in range(3))
-    explicit, fused = (attention_script.saved_for_backward(q, k, v, need_weights) for need_weights in (True, False))
-    assert explicit >= 4 * 4 * 512 * 512 and fused < explicit / 7
+def test_the_dictionary_learns_from_wrong_answers(tmp_path):
+    _, output = run("attention.py", "--lr", 1, "--steps", 301, "--out_dir", tmp_path)
+    losses = re.findall(r"loss (\S+)", output)            # after the first large step, most probabilities are 0
+    assert len(losses) == 4 and float(losses[-1]) < math.log(12)
 
 
-def test_a_download_is_checked_written_once_and_reported_if_it_fails(tmp_path):
-    source, path = tmp_path / "source", tmp_path / "data" / "file"
-    source.write_bytes(b"content")
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_attention_works_on_all_leading_dimensions(activation):
+    for lead in [(), (3,), (4, 2, 3)]:
+        q, k, v = torch.randn(*lead, 5, 8), torch.randn(*lead, 7, 8), torch.randn(*lead, 7, 4)
+        output, weights = attention(q, k, v, MASKS["causal"], activation)
+        assert output.shape == (*lead, 5, 4) and weights.shape == (*lead, 5, 7)
+
+
+def test_the_memory_of_the_formula_grows_with_the_square_of_the_length_that_of_the_kernel_does_not():
+    _, memory = attention_script.benchmark("cpu", [128, 256])
+    mib = 2 ** 20
+    for i, T in enumerate([128, 256]):
+        scaled_queries = 4 * T * 64 * 4                    # 4 heads, 4 bytes a number
+        assert memory["explicit"][i] * mib == 4 * T * T * 4 + scaled_queries
+        assert memory["fused"][i] < 2.1 * scaled_queries / mib
+
+
+def test_the_guide_lines_of_the_benchmark_do_not_cross_the_data(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(attention_script.plt, "close", figures.append)
+    lengths = [64, 128, 256, 512]
+    measured = {"explicit": [9.0, 10.0, 20.0, 70.0], "fused": [1.0, 2.0, 4.0, 8.0]}
+    attention_script.plot_benchmark(lengths, measured, measured, tmp_path / "figure.png")
+    explicit, fused, square, linear = [line.get_ydata() for line in figures[0].axes[1].lines]
+    assert all(guide > y for guide, y in zip(square, explicit[2:], strict=True))
+    assert all(guide < y for guide, y in zip(linear, fused, strict=True))
+
+
+def drawn(monkeypatch, *arguments, **options):
+    """The axes that plot_attention draws, without the color bar."""
+    figures = []
+    monkeypatch.setattr(attention_script.plt, "close", figures.append)
+    attention_script.plot_attention(*arguments, io.BytesIO(), **options)
+    return figures[0].axes[:-1]
+
+
+def test_marks_are_dots_in_the_cells_that_are_true(monkeypatch):
+    marks = torch.zeros(2, 3, 4, dtype=torch.bool)
+    marks[1, 2, 0] = True
+    axes = drawn(monkeypatch, torch.rand(2, 3, 4), list("abcd"), list("xyz"), marks=marks)
+    assert len(axes[0].collections[0].get_offsets()) == 0
+    assert axes[1].collections[0].get_offsets().tolist() == [[0, 2]]       # key 0, query 2
+
+
+def test_heatmaps_show_the_weights_on_one_scale(monkeypatch):
+    weights = torch.rand(3, 4, 5)
+    axes = drawn(monkeypatch, weights, list("abcde"), list("wxyz"))
+    for axis, panel in zip(axes, weights):
+        image = axis.images[0]
+        assert torch.equal(torch.tensor(image.get_array().tolist()), panel)
+        assert image.get_clim() == (0.0, weights.max().item())
+        assert [label.get_text() for label in axis.get_yticklabels()] == list("wxyz")
+
+
+def test_output_never_ends_a_training(monkeypatch):
+    buffer = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="cp1252"))
+    monkeypatch.setattr(sys, "argv", ["script"])
+    attention_script.parse_args(argparse.ArgumentParser())
+    print("\u2581", flush=True)                             # a console of code page 1252 does not have it
+    assert buffer.getvalue() == rb"\u2581" + os.linesep.encode()
+
+
+def test_a_download_is_checked(tmp_path):
+    (tmp_path / "source").write_bytes(b"content")
+    path = tmp_path / "data" / "file"
     with pytest.raises(SystemExit, match="cannot download .*invalid hash value"):
-        download(source.as_uri(), str(path), "0" * 64)
+        download((tmp_path / "source").as_uri(), str(path), "0" * 64)
+    assert not path.exists()
+
+
+def test_a_download_that_fails_says_what_to_do(tmp_path):
+    path = tmp_path / "file"
     with pytest.raises(SystemExit, match=f"cannot download .*: try again, or save the file as {path} yourself"):
         download("https://127.0.0.1:1/file", str(path), "0" * 64)          # no server there
-    assert not path.exists()
-    download(source.as_uri(), str(path), hashlib.sha256(b"content").hexdigest())
-    download("https://127.0.0.1:1/file", str(path), "0" * 64)              # the file is there: no download
+
+
+def test_a_file_is_downloaded_once(tmp_path):
+    source, path = tmp_path / "source", tmp_path / "data" / "file"
+    source.write_bytes(b"content")
+    sha256 = hashlib.sha256(b"content").hexdigest()
+    download(source.as_uri(), str(path), sha256)
+    source.unlink()
+    download(source.as_uri(), str(path), sha256)
     assert path.read_bytes() == b"content"
+
+
+def test_a_wrong_file_that_is_already_there_is_named_and_kept(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"<html>")
+    with pytest.raises(SystemExit, match=f"{path} .*: delete it"):
+        download("https://127.0.0.1:1/file", str(path), hashlib.sha256(b"content").hexdigest())
+    assert path.read_bytes() == b"<html>"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ class MultiHeadAttention(nn.Module):
                 key, value = torch.cat([cache[self][0], key], dim=2), torch.cat([cache[self][1], value], dim=2)
             if cache is not None:
                 cache[self] = key, value
-        output, weights = attention(query, key, value, mask, need_weights=need_weights)   # (B, H, T, d_k)
+        output, weights = attention(query, key, value, mask)   # (B, H, T, d_k)
         return self.w_o(output.transpose(1, 2).flatten(2)), weights        # (B, T, d_model), (B, H, T, S) or None
 
 
