@@ -421,6 +421,7 @@ if __name__ == "__main__":
         query, key, target = make_lookups(args.batch_size, args.n_keys, rotation, args.noise)
 
         # forward: the output is a probability for each key. Adding 1e-9 keeps the logarithm finite.
+        # (So does clamp_min(1e-9), but it has no gradient where the probability is below 1e-9.)
         output, _ = model(query, key, value)                               # (B, n_keys, n_keys)
         log_probability = (output + 1e-9).log()
         loss = F.nll_loss(log_probability.flatten(0, 1), target.flatten())
