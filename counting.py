@@ -139,7 +139,9 @@ def train(args, activation, all_lengths=True, verbose=False):
         digits_b = make_sequences(args.batch_size, length, V, args.device)  # (B, length)
         x_a = F.one_hot(digits_a, V).float()                               # (B, L, V)
         x_b = F.one_hot(digits_b, V).float()                               # (B, length, V)
-        counts = torch.cat([x_a.sum(dim=1), x_b.sum(dim=1)]).long()        # (2B, V)
+        counts_a = x_a.sum(dim=1)                                          # (B, V)
+        counts_b = x_b.sum(dim=1)                                          # (B, V)
+        counts = torch.cat([counts_a, counts_b]).long()                    # (2B, V)
 
         # forward
         logits_a, _ = model(x_a)                                           # (B, V, L+1)
@@ -198,9 +200,12 @@ def angles(model, other, length):
     for count in range(length + 1):
         digits[count, :count] = 0
     V = model.key.in_features
-    x = F.one_hot(digits, V).float().to(model.query.device)                # (length+1, length, V)
+    digits = digits.to(model.query.device)
+    x = F.one_hot(digits, V).float()                                       # (length+1, length, V)
     query = model.query[:, :1]                                             # (1, 1, hidden)
-    output, _ = attention(query, model.key(x), model.value(x), activation=model.activation)
+    key = model.key(x)                                               # (length+1, length, hidden)
+    value = model.value(x)
+    output, _ = attention(query, key, value, activation=model.activation)
     vectors = (output + query).squeeze(1)                                  # (length+1, hidden)
     normalized = F.layer_norm(vectors, vectors.shape[-1:])
     cosines = F.cosine_similarity(normalized, normalized[:1])              # (length+1,)
@@ -211,7 +216,8 @@ def angles(model, other, length):
 def show_counts(models, titles, digits, vocab_size, path):
     """Print each model's counts for one sequence (a list of digits) and plot its weights.
 
-    A good row of the heatmap is bright at its own digit and dark elsewhere.
+    In the heatmap, a dot marks the cells where the sequence has the digit of the row. A good row is
+    bright there and dark elsewhere.
     """
     x = F.one_hot(torch.tensor([digits]), vocab_size).float()              # (1, T, V)
     true = [digits.count(digit) for digit in range(vocab_size)]
@@ -223,10 +229,14 @@ def show_counts(models, titles, digits, vocab_size, path):
         counts = logits[0].argmax(dim=-1).tolist()
         print(f"{title}: counts", *counts)
         panels.append(weights)
-        rows = zip(range(vocab_size), counts, true)
-        labels.append([f"{digit}: {count} (true {n})" for digit, count, n in rows])
-    plot_attention(torch.cat(panels), digits, labels, path, titles,
-                   x_name="sequence", y_name="digit: count")
+        rows = []
+        for digit in range(vocab_size):
+            rows.append(f"{digit}: {counts[digit]} (true {true[digit]})")
+        labels.append(rows)
+    weights = torch.cat(panels)                                            # (n_models, V, T)
+    marks = x.transpose(1, 2).bool().expand_as(weights)
+    plot_attention(weights, digits, labels, path, titles,
+                   x_name="sequence", y_name="digit: count", marks=marks)
 
 
 def load(path, sizes):
@@ -290,9 +300,9 @@ def compare(args, digits, n_seeds=3):
                     titles.append(f"{activation}, trained at {trained_at}")
             means = accuracies.mean(dim=0).tolist()
             row = " ".join(f"{mean:5.3f}" for mean in means)
-            n_exact = (accuracies[:, -1] == 1).sum().item()
-            name = f"{activation:9} {trained_at:>12}"
-            print(f"{name} | {row} | {n_exact} of {n_seeds} seeds", flush=True)
+            exact = accuracies[:, -1] == 1
+            print(f"{activation:9} {trained_at:>12} | {row} | ", end="")
+            print(f"{exact.sum()} of {n_seeds} seeds", flush=True)
             if all_lengths:
                 result[activation] = means[-1]
     path = os.path.join(args.out_dir, "counting_compare.png")
