@@ -162,6 +162,20 @@ def test_the_gradients_are_right_by_finite_differences(mask, activation):
     assert torch.autograd.gradcheck(lambda *x: attention(*x, mask, activation)[0], (q, k, v), fast_mode=True)
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_a_query_with_nothing_to_attend_to_gets_no_nan_on_the_way_back(activation):
+    q, k, v = queries_keys_values()
+    with torch.autograd.set_detect_anomaly(True):           # an error at the first NaN in a backward pass
+        output, _ = attention(q, k, v, MASKS["a query with nothing to attend to"], activation)
+        output.sum().backward()
+
+
+def test_masked_keys_get_no_weight_however_low_the_other_scores_are():
+    q, k, v = torch.full((1, 4), 100.0), torch.tensor([[-100.0] * 4, [100.0] * 4]), torch.eye(2)
+    _, weights = attention(q, k, v, torch.tensor([[True, False]]))
+    assert weights.tolist() == [[1.0, 0.0]]
+
+
 def test_half_precision_does_not_overflow():
     x = torch.full((2, 64), 40.0, dtype=torch.float16)     # 64 * 40 * 40 = 102,400, the largest float16 is 65,504
     output, weights = attention(x, x, x)
@@ -193,7 +207,7 @@ def test_queries_of_the_dictionary_are_rotated_keys():
 def test_the_script_agrees_with_its_loops_and_learns_the_dictionary(tmp_path):
     _, output = run("attention.py", "--out_dir", tmp_path)
     assert "the loops give the same output: True\n" in output
-    assert result_of(output)["accuracy"] > 0.999
+    assert result_of(output)["accuracy"] > 0.999 and result_of(output)["params"] == 2 * 32 * 32
     assert (tmp_path / "attention_dictionary.png").exists()
 
 
@@ -251,13 +265,19 @@ def test_heatmaps_show_the_weights_on_one_scale(monkeypatch):
         assert [label.get_text() for label in axis.get_yticklabels()] == list("wxyz")
 
 
-def test_output_never_ends_a_training(monkeypatch):
+def test_output_never_ends_a_training(monkeypatch, tmp_path):
     buffer = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="cp1252"))
-    monkeypatch.setattr(sys, "argv", ["script"])
+    monkeypatch.setattr(sys, "argv", ["script", "--out_dir", str(tmp_path)])
     attention_script.parse_args(argparse.ArgumentParser())
     print("\u2581", flush=True)                             # a console of code page 1252 does not have it
     assert buffer.getvalue() == rb"\u2581" + os.linesep.encode()
+
+
+def test_the_seed_is_that_of_the_option(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["script", "--seed", "5", "--out_dir", str(tmp_path)])
+    attention_script.parse_args(argparse.ArgumentParser())
+    assert torch.initial_seed() == 5
 
 
 def test_a_download_is_checked(tmp_path):
