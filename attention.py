@@ -73,8 +73,8 @@ def attention_loops(queries, keys, values):
 # key a weight near 1 and all others a weight near 0, and hardly any gradient gets through.
 #
 # Where do q, k and v come from? From learned linear maps. In self-attention, all three are linear
-# maps of the same x: each token's query says what it looks for, its key what it can be found by,
-# and its value what it passes on. In cross-attention, q is a linear map of x, while k and v are
+# maps of the same x: each token gets a query (what it looks for), a key (what it can be found by)
+# and a value (what it passes on). In cross-attention, q is a linear map of x, while k and v are
 # linear maps of a second sequence, called memory. (In translation, x is the target sentence and
 # memory the encoded source sentence.)
 #

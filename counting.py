@@ -266,11 +266,13 @@ def load(path, sizes):
 #
 # What does it learn then, trained at all lengths? It sees only which fraction of the sequence is a
 # 0, and has one answer for each fraction. For half a sequence of 0s, length 10 asks for the answer
-# 5, length 4 for the answer 2. Training finds a compromise: about 6 times the fraction. Near length
-# 6 this is the count, and so some sequences of lengths 5 to 7 come out right, and no others.
+# 5, length 4 for the answer 2. Training finds a compromise: about 6 times the fraction. (With
+# --activation softmax --seed 1, the sequences "0 1", "0 0 0 1 1 1" and "0 0 0 0 0 1 1 1 1 1" all
+# get the counts 3 3 0.) Near length 6 the compromise is the right count, so some sequences of
+# lengths 5 to 7 come out right, and no others.
 #
-# Trained at length 10 alone, softmax has no such excuse, since 3 of 10 is a fraction. It fails all
-# the same, for a less obvious reason: see the appendix.
+# Trained at length 10 only, the doubling is no problem: a fraction of 0.3 always means 3. Softmax
+# fails all the same, for a less obvious reason (see the appendix).
 def compare(args, digits, n_seeds=3):
     """Train both activations at one and at all lengths and print their accuracy at each length.
 

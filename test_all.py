@@ -680,6 +680,36 @@ def test_one_length_trains_on_sequences_of_that_length_only(monkeypatch):
     assert lengths[::2] == [4] * 40 and set(lengths[1::2]) == {1, 2, 3, 4}
 
 
+def optimizer_steps(monkeypatch):
+    """Train for 100 steps; returns the groups of parameters that Adam gets and the learning rate of each step."""
+    groups, rates = [], []
+
+    class Adam(torch.optim.Adam):
+        def step(self, *arguments):
+            groups[:] = self.param_groups
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*arguments)
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    args = argparse.Namespace(vocab_size=3, sequence_length=4, hidden=4, device="cpu", lr=0.03, steps=100, batch_size=2)
+    return counting.train(args, "sigmoid"), groups, rates
+
+
+def test_the_learning_rate_rises_and_falls_and_is_half_its_peak_on_average(monkeypatch):
+    _, _, rates = optimizer_steps(monkeypatch)
+    peak = rates.index(max(rates))
+    assert rates[:peak + 1] == sorted(rates[:peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert max(rates) == pytest.approx(0.03, rel=0.01) and rates[-1] < 1e-5
+    assert sum(rates) / 100 == pytest.approx(0.015, rel=0.03)              # so 1,000 steps add up to 15
+
+
+def test_only_the_key_layer_has_weight_decay(monkeypatch):
+    model, groups, _ = optimizer_steps(monkeypatch)
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    expected = {id(p): 1e-3 if name.startswith("key.") else 0 for name, p in model.named_parameters()}
+    assert decay == expected
+
+
 def test_compare_returns_the_accuracies_of_models_trained_at_all_lengths(monkeypatch, tmp_path):
     fake = {("sigmoid", False): 0.1, ("sigmoid", True): 0.2, ("softmax", False): 0.3, ("softmax", True): 0.4}
     model = counting.CountingModel(3, 4, 8)
