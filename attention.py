@@ -1,10 +1,11 @@
 """
 Scaled dot-product attention: what it computes, and what it costs.
 
-Attention is a differentiable dictionary lookup. A Python dictionary compares a query with every key, finds the one that
-is equal and returns its value. Attention computes how similar the query is to every key, turns the similarities into
-weights that sum to 1, and returns the weighted mean of all values. The weights change smoothly with the query and the
-keys, so both can be learned by gradient descent. For one query and three key-value pairs:
+Attention is a differentiable dictionary lookup. A Python dictionary compares a query with every
+key, finds the one that is equal and returns its value. Attention computes how similar the query is
+to every key, turns the similarities into weights that sum to 1, and returns the weighted mean of
+all values. The weights change smoothly with the query and the keys, so both can be learned by
+gradient descent. For one query and three key-value pairs:
 
     query = 2 0 2 0                              keys = 1 0 1 0    values = 10  0
                                                         0 1 0 1              0 10
@@ -14,13 +15,14 @@ keys, so both can be learned by gradient descent. For one query and three key-va
     weights = softmax      =  0.67 0.09 0.24     positive, sum to 1 (rounded here)
     output                 =  7.88 2.12          0.67 * (10, 0) + 0.09 * (0, 10) + 0.24 * (5, 5)
 
-$ python attention.py               # run this example for three queries, then train a dictionary (seconds)
+$ python attention.py               # this example for three queries, then a dictionary that learns
 $ python attention.py --benchmark   # time and memory of the formula and of torch's fused kernel
 
 Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1, https://arxiv.org/abs/1706.03762
 """
 
 import argparse
+import hashlib
 import math
 import os
 import statistics
@@ -33,43 +35,101 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Attention
-def attention(q, k, v, mask=None, activation="softmax", need_weights=True):
-    """Scaled dot-product attention. Returns the output (..., T_q, d_v) and the weights (..., T_q, T_k).
+# --------------------------------------------------------------------------------------------------
+# Attention with loops
+#
+# The example above in plain Python, for one sequence. Softmax applies the exponential function,
+# which makes every number positive, and then divides by the sum, which makes the sum 1.
+def attention_loops(queries, keys, values):
+    """The output for lists of numbers: T_q queries, T_k keys, T_k values -> T_q weighted means."""
+    outputs = []
+    for query in queries:
+        weights = []
+        for key in keys:
+            score = sum(a * b for a, b in zip(query, key))                 # the dot product
+            weights.append(math.exp(score / math.sqrt(len(key))))
+        total = sum(weights)
+        output = [0.0] * len(values[0])
+        for weight, value in zip(weights, values):
+            for i in range(len(value)):
+                output[i] += weight / total * value[i]
+        outputs.append(output)
+    return outputs
 
-    q is (..., T_q, d_k), k (..., T_k, d_k), v (..., T_k, d_v); leading dimensions (batch, ...) broadcast. `mask` is
-    boolean, broadcasts to (..., T_q, T_k), and True means *may attend*, as in `F.scaled_dot_product_attention`.
-    (`nn.MultiheadAttention` uses the opposite convention.) A query that may attend to nothing gets zeros.
-    `activation` is "softmax" or "sigmoid".
-    Without `need_weights` the weights are None, and softmax attention runs in torch's fused kernel, which is faster
-    and never stores all T_q x T_k weights.
+
+# --------------------------------------------------------------------------------------------------
+# Attention with matrices
+#
+# Write the queries as the rows of a matrix q, and the same for keys k and values v. Then the loops
+# become three lines of mathematics, which run much faster, and for many sequences at once:
+#
+#     scores = q @ k.T / sqrt(d_k)         every query times every key
+#     weights = softmax(scores)            each row becomes positive and sums to 1
+#     output = weights @ v                 each row is a weighted mean of the values
+#
+# Why divide by sqrt(d_k)? The dot product of two random vectors is a sum of d_k terms. If each term
+# has standard deviation 1, their sum has standard deviation sqrt(d_k), and dividing by sqrt(d_k)
+# brings it back to 1. Without the division, the scores of wide vectors are large: softmax gives one
+# key a weight near 1 and all others a weight near 0, and hardly any gradient gets through.
+#
+# Where do q, k and v come from? From learned linear maps. In self-attention, all three are linear
+# maps of the same x: each token gets a query (what it looks for), a key (what it can be found by)
+# and a value (what it passes on). In cross-attention, q is a linear map of x, while k and v are
+# linear maps of a second sequence, called memory. (In translation, x is the target sentence and
+# memory the encoded source sentence.)
+#
+# The function below adds two things to the three lines.
+#
+# A mask says which keys a query may attend to. Padding must get no weight, because it is not part
+# of the sentence. A model that predicts the next token must not attend to later tokens, because
+# they contain the answer (a causal mask).
+#
+# A sigmoid can replace softmax. Under softmax the keys compete: one weight can increase only if
+# others decrease. A sigmoid turns each score into a number between 0 and 1 on its own, so the
+# weights do not have to sum to 1. counting.py shows what this is good for.
+def attention(q, k, v, mask=None, activation="softmax"):
+    """Scaled dot-product attention. Returns output (..., T_q, d_v) and weights (..., T_q, T_k).
+
+    q is (..., T_q, d_k), k (..., T_k, d_k), v (..., T_k, d_v); leading dimensions broadcast.
+    `mask` is boolean, broadcasts to (..., T_q, T_k), and True means *may attend*, as in
+    `F.scaled_dot_product_attention`. (`nn.MultiheadAttention` uses the opposite convention.)
+    A query that may attend to nothing gets zeros. `activation` is "softmax" or "sigmoid".
     """
     assert activation in ("softmax", "sigmoid"), activation
-    # F.scaled_dot_product_attention would silently add a float mask to the scores
+    # F.scaled_dot_product_attention would silently add a mask of numbers to the scores
     assert mask is None or mask.dtype == torch.bool, "mask must be boolean, True = may attend"
-    if activation == "softmax" and not need_weights:
-        return F.scaled_dot_product_attention(q, k, v, mask), None
-    # A sum of d_k independent unit-variance terms has standard deviation sqrt(d_k); dividing by it restores 1.
-    # Without this, softmax saturates for large d_k: one weight near 1, the others near 0, and hardly any gradient.
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                # (..., T_q, T_k)
-    if mask is not None:  # a large negative number instead of -inf: softmax over a row of only -inf is 0 / 0 = NaN
+
+    # Divide q, not the product: in half precision the product could overflow before the division.
+    q = q / math.sqrt(q.size(-1))
+    scores = q @ k.transpose(-2, -1)                                       # (..., T_q, T_k)
+    if mask is not None:
+        # Softmax turns the lowest possible number into weight 0. It would do the same with -inf,
+        # except in a row where everything is masked: there it would compute 0 / 0 = NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    # softmax: the keys compete, each row sums to 1. sigmoid: each key gets its own gate (see counting.py).
-    weights = scores.softmax(dim=-1) if activation == "softmax" else scores.sigmoid()
-    if mask is not None:  # matters only for rows with everything masked
+
+    if activation == "softmax":
+        weights = scores.softmax(dim=-1)                                   # (..., T_q, T_k)
+    else:
+        weights = scores.sigmoid()
+    if mask is not None:
+        # In a row where everything is masked all scores are equal, so softmax gives all keys the
+        # same weight. Set the weights to 0, and the output becomes 0, too.
         weights = weights.masked_fill(~mask, 0.0)
-    return weights @ v, weights if need_weights else None                   # (..., T_q, d_v), (..., T_q, T_k)
+
+    output = weights @ v                                                   # (..., T_q, d_v)
+    return output, weights
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A dictionary that learns how to compare
 #
-# Each query is one of the keys, rotated by an unknown rotation, plus noise, so the raw dot product of query and key is
-# meaningless. Two linear maps, like a Transformer's query and key projections, are trained to undo the rotation. Every
-# batch has new random keys, so the model cannot memorize keys: it has to learn how to compare.
+# Each query is one of the keys, rotated by an unknown rotation, plus noise, so the raw dot product
+# of query and key is meaningless. Two linear maps, like a Transformer's query and key maps, are
+# trained to undo the rotation. Every batch has new random keys, so the model cannot memorize keys:
+# it has to learn how to compare. The values are one-hot vectors and need no map. With them the
+# output is equal to the weights: a probability for each entry of the dictionary.
 class DifferentiableDictionary(nn.Module):
-    """Attention with learned projections: query (..., T_q, d_model), key (..., T_k, d_model), value (..., T_k, d_v)."""
+    """Attention with learned maps of query (..., T_q, d_model) and key (..., T_k, d_model)."""
 
     def __init__(self, d_model):
         super().__init__()
@@ -81,92 +141,67 @@ class DifferentiableDictionary(nn.Module):
 
 
 def make_lookups(batch_size, n_keys, rotation, noise):
-    """Random keys and queries, (B, n_keys, d_model) each, and the index of each query's key, (B, n_keys)."""
-    key = torch.randn(batch_size, n_keys, len(rotation), device=rotation.device)
-    target = torch.rand(batch_size, n_keys, device=rotation.device).argsort(dim=1)          # a permutation of the keys
-    query = key.gather(1, target.unsqueeze(-1).expand_as(key)) @ rotation
-    return query + noise * torch.randn_like(query), key, target
+    """Random queries and keys, both (B, n_keys, d_model), and each query's key, (B, n_keys)."""
+    d_model = len(rotation)
+    key = torch.randn(batch_size, n_keys, d_model, device=rotation.device)
+    # sorting random numbers gives a random order of the keys
+    target = torch.rand(batch_size, n_keys, device=rotation.device).argsort(dim=1)
+    rows = torch.arange(batch_size, device=rotation.device).unsqueeze(1)   # (B, 1)
+    query = key[rows, target] @ rotation                                   # (B, n_keys, d_model)
+    query = query + noise * torch.randn_like(query)
+    return query, key, target
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Benchmark: how time and memory grow with the sequence length T
-def saved_for_backward(q, k, v, need_weights):
-    """Bytes that autograd keeps for the backward pass of `attention`, without q, k and v themselves."""
-    storages = {}
-
-    def _pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(_pack, lambda tensor: tensor):
-        attention(q, k, v, need_weights=need_weights)
-    return sum(size for pointer, size in storages.items() if pointer not in [t.data_ptr() for t in (q, k, v)])
-
-
-def benchmark(args):
-    """Measure the explicit formula and the fused kernel for T = 64 to 4096; print a table and plot it."""
-    print("batch 1, 4 heads of width 64, float32; ms: forward and backward, median of 5; MiB: kept for backward")
-    print("     T |       explicit            |       fused")
-    lengths = [64, 128, 256, 512, 1024, 2048, 4096]
-    times, memory = {"explicit": [], "fused": []}, {"explicit": [], "fused": []}
-    for T in lengths:
-        q, k, v = (torch.randn(1, 4, T, 64, device=args.device, requires_grad=True) for _ in range(3))  # (B, H, T, d_k)
-        for name in times:
-            runs = []
-            for _ in range(6):
-                start = time.perf_counter()
-                output, _ = attention(q, k, v, need_weights=name == "explicit")
-                output.sum().backward()
-                getattr(torch, args.device).synchronize()  # GPU calls return before the work is done
-                runs.append(1e3 * (time.perf_counter() - start))
-            times[name].append(statistics.median(runs[1:]))  # the first run is a warm-up
-            memory[name].append(saved_for_backward(q, k, v, name == "explicit") / 2 ** 20)
-        print(f"{T:6}", *(f"| {times[name][-1]:9.2f} ms {memory[name][-1]:7.2f} MiB" for name in times), flush=True)
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, values, title in zip(axes, (times, memory), ("forward and backward: ms", "kept for backward: MiB")):
-        axis.loglog(lengths, values["explicit"], "o-", label="explicit")
-        axis.loglog(lengths, values["fused"], "s-", label="fused")
-        axis.loglog(lengths, [2 * values["explicit"][-1] * (T / 4096) ** 2 for T in lengths], "--", color="grey",
-                    label=r"$\propto T^2$")
-        axis.loglog(lengths, [values["fused"][-1] / 2 * T / 4096 for T in lengths], ":", color="grey",
-                    label=r"$\propto T$")
-        axis.set(title=title, xlabel="sequence length T", xticks=lengths, xticklabels=lengths)
-        axis.minorticks_off()
-        axis.legend()
-    path = os.path.join(args.out_dir, "attention_benchmark.png")
-    figure.savefig(path, dpi=100)
-    print(f"saved {path}")
-    return times["explicit"][-1] / times["fused"][-1], memory["explicit"][-1] / memory["fused"][-1]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Shared with the other scripts, together with `attention`
-def plot_attention(weights, x_labels, y_labels, path, titles=None, columns=2, x_name="key", y_name="query"):
-    """Save heatmaps of attention weights (T_q, T_k) or (n_panels, T_q, T_k), all on one color scale.
+def plot_attention(weights, x_labels, y_labels, path, titles=None, columns=2,
+                   x_name="key", y_name="query", marks=None):
+    """Save heatmaps of attention weights (T_q, T_k) or (n_panels, T_q, T_k) on one color scale.
 
-    `x_labels` are the keys, `y_labels` the queries: a list for all panels, or a list of lists, one for each panel.
+    `x_labels` are the keys, `y_labels` the queries: a list for all panels, or a list of lists, one
+    for each panel. `marks` is a boolean tensor of the shape of `weights`: True cells get a dot.
     """
-    panels = weights.detach().float().cpu().reshape(-1, *weights.shape[-2:])                # (n_panels, T_q, T_k)
-    n_panels, T_q, T_k = panels.shape
-    x_labels = x_labels if isinstance(x_labels[0], list) else [x_labels] * n_panels
-    y_labels = y_labels if isinstance(y_labels[0], list) else [y_labels] * n_panels
-    titles = titles or [f"head {h + 1}" if n_panels > 1 else "" for h in range(n_panels)]
+    T_q, T_k = weights.shape[-2:]
+    panels = weights.detach().float().cpu().reshape(-1, T_q, T_k)          # (n_panels, T_q, T_k)
+    n_panels = len(panels)
+    if not isinstance(x_labels[0], list):
+        x_labels = [x_labels] * n_panels
+    if not isinstance(y_labels[0], list):
+        y_labels = [y_labels] * n_panels
+    if titles is None:
+        titles = [f"head {h + 1}" for h in range(n_panels)]
+        if n_panels == 1:
+            titles = [""]
+
+    # in inches: a cell is 0.25 wide and high, a character of a label about 0.07
+    longest_x = max(len(str(label)) for labels in x_labels for label in labels)
+    longest_y = max(len(str(label)) for labels in y_labels for label in labels)
+    width = 0.25 * max(T_k, 5) + 0.07 * longest_y + 0.6
+    height = 0.25 * T_q + 0.07 * longest_x + 0.7
     columns = min(columns, n_panels)
     rows = math.ceil(n_panels / columns)
-    longest_x, longest_y = (max(len(str(x)) for labels in both for x in labels) for both in (x_labels, y_labels))
-    size = columns * (0.25 * max(T_k, 5) + 0.07 * longest_y + 0.6) + 0.8, rows * (0.25 * T_q + 0.07 * longest_x + 0.7)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(columns * width + 0.8, rows * height),
+                                squeeze=False, layout="constrained")
     for axis in axes.flat[n_panels:]:
         axis.set_axis_off()
-    for axis, panel, title, x, y in zip(axes.flat, panels, titles, x_labels, y_labels):
-        image = axis.imshow(panel.tolist(), vmin=0.0, vmax=max(panels.max().item(), 1e-6))
-        axis.set_title(title, fontsize=9)
+
+    largest = max(panels.max().item(), 1e-6)
+    rotation = 90 if longest_x > 2 else 0
+    for i in range(n_panels):
+        axis = axes.flat[i]
+        image = axis.imshow(panels[i].tolist(), vmin=0.0, vmax=largest)
+        axis.set_title(titles[i], fontsize=9)
         axis.set_xlabel(x_name, fontsize=9)
         axis.set_ylabel(y_name, fontsize=9)
         # parse_math=False: do not typeset $...$ in labels as math
-        axis.set_xticks(range(T_k), x, rotation=90 if longest_x > 2 else 0, fontsize=8, parse_math=False)
-        axis.set_yticks(range(T_q), y, fontsize=8, parse_math=False)
+        axis.set_xticks(range(T_k), x_labels[i], rotation=rotation, fontsize=8, parse_math=False)
+        axis.set_yticks(range(T_q), y_labels[i], fontsize=8, parse_math=False)
+        if marks is not None:
+            cells = marks.reshape(n_panels, T_q, T_k)[i].nonzero()         # (n, 2): query, key
+            x = cells[:, 1].tolist()
+            y = cells[:, 0].tolist()
+            # white with a black edge is visible on every color
+            axis.scatter(x, y, s=12, color="white", edgecolors="black")
     figure.colorbar(image, ax=axes, label="attention weight")
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -174,13 +209,16 @@ def plot_attention(weights, x_labels, y_labels, path, titles=None, columns=2, x_
 
 
 def parse_args(parser):
-    """Add the options that all scripts share, parse the command line, seed torch and create the output folder."""
+    """Add the options of all scripts, parse, seed torch and create the output folder."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="where to compute",
                         default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out_dir", default="out", help="folder for figures and weights")
     args = parser.parse_args()
+    # Not every console can print every character. Print its code instead of ending a training.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if args.device != "cpu" and not getattr(torch, args.device).is_available():
         sys.exit(f"--device {args.device}: no such device on this machine, try --device cpu")
     torch.manual_seed(args.seed)
@@ -191,16 +229,22 @@ def parse_args(parser):
 def positive(kind):
     """An argparse type: positive(int) and positive(float) accept positive finite numbers only."""
     def _parse(text):
-        if not 0 < kind(text) < math.inf:
+        number = kind(text)
+        if not 0 < number < math.inf:
             raise ValueError
-        return kind(text)
+        return number
     _parse.__name__ = f"positive {kind.__name__}"  # argparse: "invalid positive int value: '0'"
     return _parse
 
 
 def download(url, path, sha256):
-    """Download `url` to `path` and check its SHA-256, unless the file is already there."""
+    """Download `url` to `path` unless it is there, and check the file's SHA-256 in either case."""
     if os.path.exists(path):
+        with open(path, "rb") as file:
+            content = file.read()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            sys.exit(f"{path} is not the file expected from {url} (its SHA-256 differs): "
+                     "delete it, and the next run downloads it again")
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
     print(f"downloading {url}")
@@ -210,62 +254,204 @@ def download(url, path, sha256):
         sys.exit(f"cannot download {url} ({error}): try again, or save the file as {path} yourself")
 
 
+# --------------------------------------------------------------------------------------------------
+# Appendix (skip it on a first reading): how time and memory grow with the sequence length T
+#
+# The formula above computes all T x T weights and keeps them for the backward pass. The fused
+# kernel of torch, F.scaled_dot_product_attention, works block by block. It keeps only the output
+# and one number for each query, and computes the weights of a block again in the backward pass.
+# The price is that it cannot return the weights, which these scripts want to look at.
+def explicit(q, k, v):
+    """The output of `attention` without the weights."""
+    output, _ = attention(q, k, v)
+    return output
+
+
+def measure_time(function, q, k, v):
+    """Milliseconds for forward and backward pass, the median of 5 runs."""
+    runs = []
+    for _ in range(6):
+        start = time.perf_counter()
+        function(q, k, v).sum().backward()
+        # GPU calls return before the work is done, so wait for it
+        getattr(torch, q.device.type).synchronize()
+        runs.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(runs[1:])  # the first run is a warm-up
+
+
+def measure_memory(function, q, k, v):
+    """MiB that autograd keeps for the backward pass, without q, k and v themselves."""
+    n_bytes = {}  # address -> size; a tensor and its transpose have the same address
+
+    def _pack(tensor):
+        storage = tensor.untyped_storage()
+        n_bytes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(_pack, lambda tensor: tensor):
+        function(q, k, v)
+    for tensor in (q, k, v):
+        n_bytes.pop(tensor.data_ptr(), None)
+    return sum(n_bytes.values()) / 2 ** 20
+
+
+def benchmark(device, lengths):
+    """Print a table; return times (ms) and memory (MiB), lists in dicts {"explicit", "fused"}."""
+    print("batch 1, 4 heads of width 64, float32")
+    print("ms: forward and backward, median of 5; MiB: kept for the backward pass")
+    print("     T |       explicit            |       fused")
+    functions = {"explicit": explicit, "fused": F.scaled_dot_product_attention}
+    times = {"explicit": [], "fused": []}
+    memory = {"explicit": [], "fused": []}
+    for T in lengths:
+        q = torch.randn(1, 4, T, 64, device=device, requires_grad=True)    # (B, H, T, d_k)
+        k = torch.randn(1, 4, T, 64, device=device, requires_grad=True)
+        v = torch.randn(1, 4, T, 64, device=device, requires_grad=True)
+        print(f"{T:6}", end="")
+        for name, function in functions.items():
+            ms = measure_time(function, q, k, v)
+            mib = measure_memory(function, q, k, v)
+            print(f" | {ms:9.2f} ms {mib:7.2f} MiB", end="")
+            times[name].append(ms)
+            memory[name].append(mib)
+        print(flush=True)
+    return times, memory
+
+
+def plot_benchmark(lengths, times, memory, path):
+    """Plot time and memory over T on logarithmic axes, where each power of T is a straight line."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, values in zip(axes, (times, memory)):
+        axis.loglog(lengths, values["explicit"], "o-", label="explicit")
+        axis.loglog(lengths, values["fused"], "s-", label="fused")
+        # A guide line for T^2, above the longer half of the lengths. The shorter ones follow no
+        # power of T, because every call takes some time that does not depend on T.
+        half = len(lengths) // 2
+        long = lengths[half:]
+        ratios = [y / T ** 2 for y, T in zip(values["explicit"][half:], long)]
+        guide = [2 * max(ratios) * T ** 2 for T in long]
+        axis.loglog(long, guide, "--", color="grey", label=r"$\propto T^2$")
+    # A guide line for T, below the memory of the fused kernel.
+    ratios = [y / T for y, T in zip(memory["fused"], lengths)]
+    guide = [min(ratios) / 2 * T for T in lengths]
+    axes[1].loglog(lengths, guide, ":", color="grey", label=r"$\propto T$")
+    for axis, title in zip(axes, ["forward and backward: ms", "kept for the backward pass: MiB"]):
+        axis.set(title=title, xlabel="sequence length T", xticks=lengths, xticklabels=lengths)
+        axis.minorticks_off()
+        axis.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(f"saved {path}")
+
+
 if __name__ == "__main__":
     start = time.perf_counter()
+
+    # options
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--n_keys", type=positive(int), default=12, help="entries in each dictionary")
-    parser.add_argument("--d_model", type=positive(int), default=32, help="width of queries and keys")
-    parser.add_argument("--noise", type=float, default=0.1, help="standard deviation of the noise added to queries")
+    parser.add_argument("--n_keys", type=positive(int), default=12,
+                        help="entries in each dictionary")
+    parser.add_argument("--d_model", type=positive(int), default=32,
+                        help="width of queries and keys")
+    parser.add_argument("--noise", type=float, default=0.1,
+                        help="standard deviation of the noise added to queries")
     parser.add_argument("--steps", type=positive(int), default=400, help="training steps")
-    parser.add_argument("--batch_size", type=positive(int), default=64, help="dictionaries in each batch")
+    parser.add_argument("--batch_size", type=positive(int), default=64,
+                        help="dictionaries in each batch")
     parser.add_argument("--lr", type=positive(float), default=0.01, help="learning rate")
-    parser.add_argument("--benchmark", action="store_true", help="measure time and memory of attention instead")
+    parser.add_argument("--benchmark", action="store_true",
+                        help="measure time and memory of attention instead")
     args = parse_args(parser)
+
     if args.benchmark:
-        speedup, memory_ratio = benchmark(args)
+        lengths = [64, 128, 256, 512, 1024, 2048, 4096]
+        times, memory = benchmark(args.device, lengths)
+        path = os.path.join(args.out_dir, "attention_benchmark.png")
+        plot_benchmark(lengths, times, memory, path)
+        speedup = times["explicit"][-1] / times["fused"][-1]
+        memory_ratio = memory["explicit"][-1] / memory["fused"][-1]
         seconds = time.perf_counter() - start
-        print(f"result: speedup={speedup:.2f} memory_ratio={memory_ratio:.1f} seconds={seconds:.1f}")
+        print(f"result: speedup={speedup:.2f} memory_ratio={memory_ratio:.1f} "
+              f"seconds={seconds:.1f}")
         sys.exit()
 
-    # The worked example, for three queries at once. The second is zero, so all scores tie and it gets the plain mean.
+    # the example of the docstring, for three queries at once
     torch.set_printoptions(precision=2, sci_mode=False)
-    query = torch.tensor([[2., 0, 2, 0], [0, 0, 0, 0], [0, 4, 0, 2]])      # (3, 4)
-    key = torch.tensor([[1., 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]])        # (3, 4)
-    value = torch.tensor([[10., 0], [0, 10], [5, 5]])                      # (3, 2)
-    print("scores / sqrt(d_k) = query @ key.T / sqrt(4):", query @ key.T / math.sqrt(4), sep="\n")
+    query = torch.tensor([[2.0, 0.0, 2.0, 0.0],
+                          [0.0, 0.0, 0.0, 0.0],  # all scores are equal: it gets the plain mean
+                          [0.0, 4.0, 0.0, 2.0]])                           # (3, 4)
+    key = torch.tensor([[1.0, 0.0, 1.0, 0.0],
+                        [0.0, 1.0, 0.0, 1.0],
+                        [1.0, 1.0, 0.0, 0.0]])                             # (3, 4)
+    value = torch.tensor([[10.0, 0.0],
+                          [0.0, 10.0],
+                          [5.0, 5.0]])                                     # (3, 2)
+    print("scores / sqrt(d_k) = query @ key.T / sqrt(4):")
+    print(query @ key.T / math.sqrt(4))
     output, weights = attention(query, key, value)
-    print("weights = softmax of each row:", weights, "output = weights @ value:", output, sep="\n")
-    # A causal mask (no looking ahead): query i may attend to keys 0 ... i.
-    output, weights = attention(query, key, value, mask=torch.ones(3, 3, dtype=torch.bool).tril())
-    print("weights with a causal mask:", weights, sep="\n", end="\n\n")
+    print("weights = softmax of each row:")
+    print(weights)
+    print("output = weights @ value:")
+    print(output)
+    loops = attention_loops(query.tolist(), key.tolist(), value.tolist())
+    print("the loops give the same output:", torch.allclose(torch.tensor(loops), output))
+    causal = torch.ones(3, 3, dtype=torch.bool).tril()  # query i may attend to keys 0 ... i
+    output, weights = attention(query, key, value, mask=causal)
+    print("weights with a causal mask:")
+    print(weights)
+    print()
 
-    # The dictionary. Values are one-hot, so the output is the weights: the probability of each entry.
-    rotation = torch.linalg.qr(torch.randn(args.d_model, args.d_model))[0].to(args.device)   # (d_model, d_model)
+    # data: an unknown rotation of the keys, and one-hot values
+    rotation, _ = torch.linalg.qr(torch.randn(args.d_model, args.d_model))
+    rotation = rotation.to(args.device)                                    # (d_model, d_model)
     value = torch.eye(args.n_keys, device=args.device)                     # (n_keys, n_keys)
+
+    # model and optimizer
     model = DifferentiableDictionary(args.d_model).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+
+    # 1,000 dictionaries to test with, and the weights in the first of them before training
     test_query, test_key, test_target = make_lookups(1000, args.n_keys, rotation, args.noise)
     with torch.no_grad():
         _, weights_before = model(test_query[:1], test_key[:1], value)     # (1, n_keys, n_keys)
 
+    # training loop
     for step in range(args.steps):
+        # get a batch
         query, key, target = make_lookups(args.batch_size, args.n_keys, rotation, args.noise)
+
+        # forward: the output is a probability for each key. Adding 1e-9 keeps the logarithm finite.
+        # (So does clamp_min(1e-9), but it has no gradient where the probability is below 1e-9.)
         output, _ = model(query, key, value)                               # (B, n_keys, n_keys)
-        loss = F.nll_loss(output.clamp_min(1e-9).log().flatten(0, 1), target.flatten())
-        if step == 0:
-            print(f"step 0: loss {loss:.4f}, uniform prediction ln {args.n_keys} = {math.log(args.n_keys):.4f}")
-        elif step % 100 == 0:
-            print(f"step {step}: loss {loss:.4f}")
+        log_probability = (output + 1e-9).log()
+        loss = F.nll_loss(log_probability.flatten(0, 1), target.flatten())
+
+        # backward and update
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
+        # log. At step 0 the loss is near that of a uniform prediction, above or below it by chance,
+        # because the maps are random and compare queries with keys in a random way.
+        if step == 0:
+            print(f"step 0/{args.steps}: loss {loss:.4f}, "
+                  f"uniform prediction ln {args.n_keys} = {math.log(args.n_keys):.4f}")
+        elif step % 100 == 0:
+            print(f"step {step}/{args.steps}: loss {loss:.4f}")
+
+    # evaluation
     with torch.no_grad():
         output, weights = model(test_query, test_key, value)               # (1000, n_keys, n_keys)
     accuracy = (output.argmax(dim=-1) == test_target).float().mean().item()
-    plot_attention(torch.cat([weights_before, weights[:1]]), list(range(args.n_keys)),
-                   [f"key {target}" for target in test_target[0].tolist()],
-                   os.path.join(args.out_dir, "attention_dictionary.png"), ["before training", "after training"],
+
+    # figures
+    path = os.path.join(args.out_dir, "attention_dictionary.png")
+    plot_attention(torch.cat([weights_before, weights[:1]]),
+                   x_labels=list(range(args.n_keys)),
+                   y_labels=[f"key {i}" for i in test_target[0].tolist()],
+                   path=path, titles=["before training", "after training"],
                    y_name="query made from")
+
     n_params = sum(p.numel() for p in model.parameters())
-    print(f"result: accuracy={accuracy:.4f} params={n_params} seconds={time.perf_counter() - start:.1f}")
+    seconds = time.perf_counter() - start
+    print(f"result: accuracy={accuracy:.4f} params={n_params} seconds={seconds:.1f}")
