@@ -1,22 +1,28 @@
 """
-Train a Transformer encoder to tell whether a bit string has an odd number of ones, and find the smallest that can.
+Train a Transformer encoder to tell whether a bit string has an odd number of ones (its parity), and
+find the smallest one that can.
 
-Parity looks trivial but is hard to learn: flipping any single bit flips the label, so no proper subset of the bits
-carries information, and the loss sits at ln 2 for a hundred steps before anything happens. There are no position
-embeddings, so the model sees only the fraction of ones, not their order. To it the 1,024 strings of length 10 are just
-11 inputs, so the accuracy on all of them can be computed, not estimated. Validation proves little: nearly every
-validation string is a training string in another order. Attention and pooling are weighted means, so a string written
-twice gets the same logits, but its parity is always even: no model of this family computes parity for all lengths.
+    0 1 1 0 1 0 0 0 0 0  ->  three ones: odd
+    0 1 1 0 1 0 0 1 0 0  ->  four ones: even
+
+Parity looks trivial, but it is hard to learn. Flipping any single bit flips the label, so nine of
+the ten bits say nothing about it. The loss stays at that of a coin flip for a hundred steps before
+anything happens, and then drops to zero within another hundred or two.
+
+The model has no position embeddings, so it sees only the fraction of ones, not their order (the
+reasons stand at the classifier below). To it the 1,024 strings of length 10 are just 11 different
+inputs, one for each number of ones. So 11 strings are enough to compute the accuracy on all 1,024,
+and validation proves little: nearly every validation string is a training string in another order.
 
 $ python parity.py                # 2 blocks, width 8, 2,426 parameters
 $ python parity.py --d_model 16
-$ python parity.py --sweep        # how small can it get? 32 parameters pass 0.95, 46 get all 1,024 strings right
+$ python parity.py --sweep        # the smallest networks: 32 parameters pass 0.95, 46 get all right
 
-Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762; here with pre-norm and SiLU
+Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762. Different here:
+LayerNorm comes before attention and MLP instead of after them (pre-norm), and SiLU replaces ReLU.
 """
 
 import argparse
-import copy
 import math
 import os
 import sys
@@ -27,13 +33,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import attention, parse_args, plot_attention, positive
+from attention import attention, parse_args, positive
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Model
+#
+# A token is one element of the sequence, here one bit. The embedding turns it into a vector of
+# d_model numbers, one learned vector for 0 and one for 1. Comments at the end of lines are shapes:
+# B strings of T tokens.
 class SelfAttention(nn.Module):
-    """One head (Vaswani et al. 2017, section 3.2.1)."""
+    """One attention head, (B, T, d_model) -> (B, T, d_model) (Vaswani et al. 2017, section 3.2.1).
+
+    Query, key and value of each token are three linear maps of the same x, so every token attends
+    to all tokens of its own string, and to itself.
+    """
 
     def __init__(self, d_model, d_key):
         super().__init__()
@@ -41,300 +55,603 @@ class SelfAttention(nn.Module):
         self.w_k = nn.Linear(d_model, d_key)
         self.w_v = nn.Linear(d_model, d_model)
 
-    def forward(self, x):                                                   # (B, T, d_model)
-        return attention(self.w_q(x), self.w_k(x), self.w_v(x))[0]          # (B, T, d_model)
+    def forward(self, x):
+        q = self.w_q(x)                                                    # (B, T, d_key)
+        k = self.w_k(x)                                                    # (B, T, d_key)
+        v = self.w_v(x)                                                    # (B, T, d_model)
+        output, _ = attention(q, k, v)                                     # (B, T, d_model)
+        return output
 
 
 class MultiHeadSelfAttention(nn.Module):
-    """Several heads, mixed by a linear map (section 3.2.2). Each returns d_model features, not d_model / n_heads."""
+    """Several heads, mixed by a linear map, (B, T, d_model) -> (B, T, d_model) (section 3.2.2).
+
+    One head gives each token one weighted mean of the values. With several heads a token can look
+    at several things at once: one head may attend to the ones, another to the zeros. Here each head
+    returns d_model features; in the paper it returns d_model / n_heads.
+    """
 
     def __init__(self, d_model, d_key, n_heads):
         super().__init__()
         self.heads = nn.ModuleList(SelfAttention(d_model, d_key) for _ in range(n_heads))
         self.w_o = nn.Linear(n_heads * d_model, d_model)
 
-    def forward(self, x):                                                   # (B, T, d_model)
-        return self.w_o(torch.cat([head(x) for head in self.heads], dim=-1))                # (B, T, d_model)
+    def forward(self, x):
+        outputs = [head(x) for head in self.heads]
+        return self.w_o(torch.cat(outputs, dim=-1))                        # (B, T, d_model)
 
 
+# LayerNorm takes the vector of one token, subtracts the mean of its numbers and divides by their
+# standard deviation. For example (1, 3, 5, 7) has mean 4 and standard deviation 2.24 and becomes
+# (-1.34, -0.45, 0.45, 1.34). Each feature is then multiplied by a learned weight (1 at the start),
+# and a learned bias (0 at the start) is added. So the next layer gets inputs of one scale, whatever
+# the layers before have done.
+#
+# A residual connection is the "x +" in x + f(x): a layer adds to its input instead of replacing it.
+# A layer that has learned nothing yet does little harm, and the gradient reaches all earlier layers
+# through the sum, without passing through f.
 class TransformerBlock(nn.Module):
-    """Attention mixes the tokens, then an MLP transforms each. Pre-norm: each adds f(LayerNorm(x)) to x."""
+    """Attention, then an MLP, each added to its input, (B, T, d_model) -> (B, T, d_model).
+
+    Attention is the only place where the tokens of a string exchange information. It returns
+    weighted means; the MLP then computes something nonlinear from them, for each token separately.
+    """
 
     def __init__(self, d_model, d_key, n_heads, mlp_factor=4):
         super().__init__()
         self.ln1 = nn.LayerNorm(d_model)
         self.attn = MultiHeadSelfAttention(d_model, d_key, n_heads)
         self.ln2 = nn.LayerNorm(d_model)
-        self.mlp = nn.Sequential(nn.Linear(d_model, mlp_factor * d_model), nn.SiLU(),
-                                 nn.Linear(mlp_factor * d_model, d_model))
+        self.mlp = nn.Sequential(
+            nn.Linear(d_model, mlp_factor * d_model),
+            nn.SiLU(),  # u / (1 + e^-u), a smooth ReLU
+            nn.Linear(mlp_factor * d_model, d_model),
+        )
 
-    def forward(self, x):                                                   # (B, T, d_model)
-        x = x + self.attn(self.ln1(x))
-        return x + self.mlp(self.ln2(x))                                    # (B, T, d_model)
+    def forward(self, x):
+        x = x + self.attn(self.ln1(x))                                     # (B, T, d_model)
+        x = x + self.mlp(self.ln2(x))                                      # (B, T, d_model)
+        return x
 
 
+# Why the classifier sees only the fraction of ones:
+# - Attention treats the tokens as a set: swapping two tokens swaps their outputs and changes
+#   nothing else. The rest of a block works on each token separately, and the mean over all tokens
+#   at the end does not notice the swap either. So only the numbers of ones and zeros can matter.
+# - Attention returns weighted means, and the end is a mean, too. Writing a string twice doubles
+#   both numbers and changes no mean. So only the fraction of ones can matter.
+# It follows that no model of this kind computes parity for all lengths: a string written twice gets
+# the same logits, but its number of ones is always even.
 class TransformerClassifier(nn.Module):
-    """Tokens (B, T) -> logits (B, n_classes). Without position embeddings the order of the tokens is invisible."""
+    """Tokens (B, T) -> logits (B, n_classes): embedding, blocks, LayerNorm, mean, classifier.
 
-    def __init__(self, n_embeds, n_classes, d_model=256, d_key=64, n_heads=4, mlp_factor=4, n_layers=2):
+    A logit is a score without bounds; softmax over the logits gives the probability of each class.
+    """
+
+    def __init__(self, n_embeds, n_classes, d_model=256, d_key=64, n_heads=4, mlp_factor=4,
+                 n_layers=2):
         super().__init__()
         self.token_embedding = nn.Embedding(n_embeds, d_model)
-        self.transformer_model = nn.Sequential(*[TransformerBlock(d_model, d_key, n_heads, mlp_factor)
-                                                 for _ in range(n_layers)])
+        blocks = [TransformerBlock(d_model, d_key, n_heads, mlp_factor) for _ in range(n_layers)]
+        self.transformer_model = nn.Sequential(*blocks)
         self.final_layer_norm = nn.LayerNorm(d_model)
-        self.classifier = nn.Sequential(nn.Linear(d_model, d_model), nn.SiLU(), nn.Linear(d_model, n_classes))
+        self.classifier = nn.Sequential(
+            nn.Linear(d_model, d_model),
+            nn.SiLU(),
+            nn.Linear(d_model, n_classes),
+        )
 
-    def forward(self, tokens):                                              # (B, T)
-        x = self.transformer_model(self.token_embedding(tokens))            # (B, T, d_model)
-        x = self.final_layer_norm(x).mean(dim=1)                            # (B, d_model)
-        return self.classifier(x)                                           # (B, n_classes)
+    def forward(self, tokens):
+        x = self.token_embedding(tokens)                                   # (B, T, d_model)
+        x = self.transformer_model(x)                                      # (B, T, d_model)
+        x = self.final_layer_norm(x)                                       # (B, T, d_model)
+        x = x.mean(dim=1)                                                  # (B, d_model)
+        return self.classifier(x)                                          # (B, n_classes)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data and accuracy
+# --------------------------------------------------------------------------------------------------
+# Data
 def one_string_per_count(seq_len, device="cpu"):
-    """Strings with 0 ... T ones (T+1, T), their parities (T+1,), and the fraction of all strings each stands for."""
-    counts = torch.arange(seq_len + 1, device=device)                       # (T+1,)
-    strings = (torch.arange(seq_len, device=device) < counts.unsqueeze(1)).long()           # (T+1, T)
+    """One string for each number of ones c = 0 ... T, and how many of all strings it stands for.
+
+    Returns the strings (T+1, T), their parities (T+1,), and the fraction of the 2^T strings that
+    have c ones (T+1,).
+    """
+    counts = torch.arange(seq_len + 1, device=device)                      # (T+1,)
+    positions = torch.arange(seq_len, device=device)                       # (T,)
+    strings = (positions < counts.unsqueeze(1)).long()                     # c ones, then zeros
+    parities = counts % 2
     fractions = [math.comb(seq_len, c) / 2 ** seq_len for c in range(seq_len + 1)]
-    return strings, counts % 2, torch.tensor(fractions, device=device)
+    return strings, parities, torch.tensor(fractions, device=device)
 
 
+# --------------------------------------------------------------------------------------------------
+# Evaluation
 @torch.no_grad()
 def exact_accuracy(model, seq_len):
-    """The accuracy on all 2^T strings, which counts are right (T+1,), and f(c) = logit(odd) - logit(even) (T+1,)."""
-    strings, parities, fractions = one_string_per_count(seq_len, next(model.parameters()).device)
-    f = model(strings).diff(dim=1).squeeze(1)                               # (T+1,)
-    correct = (f > 0) == parities                                           # (T+1,)
-    return fractions[correct].sum().item(), correct.cpu(), f.cpu()
+    """The accuracy on all 2^T strings, computed from one string for each number of ones.
+
+    Also returns which of the numbers 0 ... T the model gets right (T+1,), and
+    f = logit(odd) - logit(even) for each (T+1,): the answer is "odd" where f > 0.
+    """
+    device = next(model.parameters()).device
+    strings, parities, fractions = one_string_per_count(seq_len, device)
+    logits = model(strings)                                                # (T+1, 2)
+    f = logits[:, 1] - logits[:, 0]                                        # (T+1,)
+    correct = (f > 0) == (parities == 1)                                   # (T+1,)
+    accuracy = fractions[correct].sum().item()
+    return accuracy, correct.cpu(), f.cpu()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# How small can it get? To get all strings right, f(c) must change sign between any two neighboring counts c: a sawtooth
-# with 10 sign changes. Width 1 cannot work: LayerNorm over a single feature returns its bias for any input, so all
-# strings get equal logits. So with a block the smallest candidate has width 2, everything else 1, and 58 parameters.
+def plot_curve(losses, accuracies, path):
+    """Save the loss on the batch and the accuracy on all strings over the training steps."""
+    figure, axes = plt.subplots(2, 1, figsize=(8, 5), sharex=True, layout="constrained")
+    axes[0].plot(losses)
+    axes[0].axhline(math.log(2), color="grey", linestyle=":", label="coin flip, ln 2")
+    axes[0].set_ylabel("loss on the training strings")
+    axes[0].legend()
+    axes[1].plot(accuracies, color="C1")
+    axes[1].axhline(0.5, color="grey", linestyle=":", label="coin flip")
+    axes[1].set_ylabel("accuracy on all strings")
+    axes[1].set_xlabel("training step")
+    axes[1].legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(f"saved {path}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Appendix (skip it on a first reading): how small can it get?
 #
-# Without a block, mean pooling over LayerNormed embeddings is linear in c, and the classifier on top is a network with
-# one input and n = d_model hidden units: f(c) = k + sum over j of a_j SiLU(u_j), with u_j = w_j c + b_j. How often can
-# it change sign? A ReLU adds one kink; SiLU(u) = u / (1 + e^-u) dips below zero before it rises, so it can do more.
-# Multiply f by all (1 + e^-u_j): this gives a sum of exponentials with polynomial coefficients, one for each subset of
-# the units, of degree 1 except one of degree 0. By Rolle's theorem such a sum has fewer real zeros than coefficients,
-# so f has at most 2^(n+1) - 2: 6, 14, 30 for n = 2, 3, 4. 20 parameters (width 2) cannot get all strings right. Open:
-# can they pass 0.95 (6 sign changes), and can 32 (width 3) get all right? The search finds 5 and 7 sign changes.
-WIDTHS = [2, 3, 4, 5, 8]  # without a block
-# with blocks: d_model, d_key, n_heads, mlp_factor, n_layers, and the number of seeds
-WITH_BLOCKS = {(2, 1, 1, 1, 1): 256, (3, 1, 1, 1, 1): 64, (8, 4, 1, 1, 1): 16, (8, 8, 2, 4, 2): 4}
+# Without a block nothing mixes the tokens. After LayerNorm every 0 is the same vector z and every 1
+# the same vector o. The mean over a string with c ones is z + (c / T) (o - z), a point on a
+# straight line. So the classifier is a network with one input, c, and n = d_model hidden units:
+#
+#     f(c) = logit(odd) - logit(even) = k + a_1 SiLU(w_1 c + b_1) + ... + a_n SiLU(w_n c + b_n)
+#
+# The answer is "odd" where f(c) > 0. Odd and even alternate, so to get all strings of length 10
+# right, f has to change sign 10 times, between any two neighbors in 0, 1, ..., 10. How often can a
+# sum of n units change sign? A ReLU is a straight line with one kink, so n of them form n + 1
+# straight pieces, with at most n + 1 sign changes. SiLU dips below zero before it rises, and that
+# allows a few more:
+#
+#     width    parameters    sign changes    strings right
+#         1            10               0              512    LayerNorm of one number is its bias
+#         2            20               5              968    no more is possible
+#         3            32               9            1,023    the best found
+#         4            46              10            1,024
+#
+# The second row is a theorem, proved in assets/proof_20.md: two units change sign at most 5 times,
+# and then at most 968 strings are right, 0.945 of them. Width 1 cannot work either, and all other
+# networks have at least 32 parameters. So 32 is the smallest number that passes 0.95. Whether 32
+# can get all strings right is not known.
+#
+# The search below finds them. Each network is a width, a number of blocks, and the numbers of ones
+# that it may get wrong. With 5 sign changes at least three of them are wrong. 0, 2 and 9 cost
+# least: they stand for only 1 + 45 + 10 strings. Width 3 may miss 1111111111.
+NETWORKS = [
+    (2, 0, [0, 2, 9]),
+    (3, 0, [10]),
+    (4, 0, []),
+    (2, 1, []),
+]
 
 
-def search(width, seq_len, n_starts=1500, rounds=10, steps=400):
-    """Search for the f(c) with the most strings right; returns it as a TransformerClassifier without blocks."""
-    _, parities, fractions = (t.double() for t in one_string_per_count(seq_len))            # (T+1,) each
-    s = torch.linspace(-1, 1, seq_len + 1, dtype=torch.double)              # (T+1,), the counts, scaled to [-1, 1]
-    w = 20 * torch.randn(n_starts, width, dtype=torch.double)
-    b = w * (2 * torch.rand_like(w) - 1)                                    # every SiLU bends somewhere in [-1, 1]
-    a = torch.randn_like(w)
-    k = torch.zeros(n_starts, 1, dtype=torch.double)
-    for i in range(rounds):  # most random starts end in poor local minima, so keep the best tenth, perturb, and repeat
-        if i > 0:
-            survivors = losses.argsort()[:n_starts // 10].repeat(10)
-            noise = 0.3 if i < rounds - 1 else 0.03  # first explore, then refine
-            w, b, a, k = (p.detach()[survivors] * (1 + noise * torch.randn_like(p)) for p in (w, b, a, k))
-        optimizer = torch.optim.Adam([p.requires_grad_() for p in (w, b, a, k)], betas=(0.9, 0.9))
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps, cycle_momentum=False)
-        for _ in range(steps):
-            units = F.silu(w.unsqueeze(1) * s.unsqueeze(1) + b.unsqueeze(1))                # (n_starts, T+1, width)
-            margins = (2 * parities - 1) * ((units * a.unsqueeze(1)).sum(dim=-1) + k)    # (n_starts, T+1), > 0 is right
-            margins = margins / margins.abs().amax(dim=1, keepdim=True)     # only signs matter, so fix the scale
-            losses = (fractions * F.softplus(-8 * margins)).sum(dim=1)      # (n_starts,)
+def hidden_units(x, w, b):
+    """SiLU(w x + b) for the inputs x (P,), and a column of ones for k.
+
+    w and b are (n,) and the result is (P, n+1), or (S, n) and (S, P, n+1) for S networks at once.
+    """
+    u = x.unsqueeze(-1) * w.unsqueeze(-2) + b.unsqueeze(-2)                # (..., P, n)
+    ones = torch.ones_like(u[..., :1])                                     # (..., P, 1)
+    return torch.cat([F.silu(u), ones], dim=-1)
+
+
+def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
+    """Find w, b (n,) and a (n+1,) such that hidden_units(x, w, b) @ a is near the targets (P,).
+
+    x (P,) lies in [-1, 1], the targets are -1 or 1. Only w and b have to be searched. For given w
+    and b, f is linear in a (its last number is k), so the best a is a least squares problem.
+    """
+    # Many random starts: units from gentle to steep, in both directions, that bend in [-2, 2].
+    shape = (n_starts, width)
+    steepness = 100 ** torch.rand(shape, dtype=torch.double)               # 1 to 100
+    direction = 2 * torch.randint(2, shape) - 1                            # -1 or 1
+    bend = 4 * torch.rand(shape, dtype=torch.double) - 2
+    w = direction * steepness                                              # (S, n)
+    b = -w * bend                                                          # (S, n)
+    y = targets.view(1, -1, 1)                                             # (1, P, 1)
+
+    for i in range(n_rounds):
+        w.requires_grad_()
+        b.requires_grad_()
+        optimizer = torch.optim.Adam([w, b], betas=(0.9, 0.9))
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=n_steps,
+                                                        cycle_momentum=False)
+        for _ in range(n_steps):
+            # The columns of q are an orthonormal basis of all functions that the units can form.
+            # q q^T y is the one nearest to y, so this is the f of the least squares solution.
+            q, _ = torch.linalg.qr(hidden_units(x, w, b))                  # (S, P, n+1)
+            f = q @ (q.transpose(1, 2) @ y)                                # (S, P, 1)
+            losses = (f - y).square().sum(dim=(1, 2))                      # (S,)
             optimizer.zero_grad()
             losses.sum().backward()
             optimizer.step()
             scheduler.step()
-    accuracy = (fractions * (margins > 0.001)).sum(dim=1)                   # only logits that are clearly apart count
-    best = (accuracy + 1e-4 * margins.abs().amin(dim=1)).argmax()           # ties: the largest smallest margin
-    w, b, a, k = (p.detach()[best] for p in (w, b, a, k))
-    # Write f into the real model. Embeddings that are opposite after LayerNorm, -u for 0 and u for 1, have mean s u.
-    model = TransformerClassifier(2, 2, width, 1, 1, 1, 0).double()
-    u = torch.linspace(-1, 1, width, dtype=torch.double)
-    model.token_embedding.weight.data = torch.stack([-u, u])
-    u = model.final_layer_norm(u).detach()                                  # (width,)
-    model.classifier[0].weight.data = torch.outer(w, u) / (u @ u)           # times s u: w s
-    model.classifier[0].bias.data = b
-    model.classifier[2].weight.data = torch.stack([-a / 2, a / 2])          # logit(odd) - logit(even) = f
-    model.classifier[2].bias.data = torch.cat([-k / 2, k / 2])
+
+        # f y is positive where the answer is right. Stop as soon as all are right, and clearly so.
+        w = w.detach()
+        b = b.detach()
+        margins = (f * y).detach().amin(dim=(1, 2))                        # (S,)
+        best = margins.argmax()
+        if margins[best] > 0.1 or i == n_rounds - 1:
+            break
+        # Most starts end in poor local minima. Keep the best tenth, ten copies of each, with noise:
+        # little for most of them, much for some.
+        survivors = losses.argsort()[:n_starts // 10].repeat(10)
+        noise = 0.5 * torch.rand(n_starts, 1, dtype=torch.double) ** 2
+        w = w[survivors] * (1 + noise * torch.randn_like(w))
+        b = b[survivors] * (1 + noise * torch.randn_like(b))
+
+    w = w[best]
+    b = b[best]
+    a = torch.linalg.lstsq(hidden_units(x, w, b), targets.unsqueeze(1)).solution
+    return w, b, a.squeeze(1)
+
+
+# With one block, width 2 is enough, because a block can fold the line of counts at its middle. It
+# compares each token with the mean of all: tokens of the majority become +1, the others -1, whether
+# they are zeros or ones. With 7 ones and 3 zeros, the ones become +1 and the zeros -1. With 3 ones
+# and 7 zeros it is the other way around. The mean is 0.4 both times, in general |1 - 2c/T|.
+#
+# So c and T - c fall on the same point. That costs nothing, because for even T both are odd or both
+# are even. For T = 10 six points are left, with 5 sign changes, which two hidden units can make.
+# This is what depth does here: one fold halves the number of sign changes.
+#
+# Training rarely finds this, so the weights are set by hand. All vectors are e (1, -1) with some
+# number e. q = 1 - 2c/T is positive if most tokens are zeros.
+#
+#     embedding    e = 0.003 for a 0, -0.003 for a 1.
+#     LayerNorm    e becomes e / sqrt(e^2 + 0.00001); LayerNorm adds the 0.00001 to the variance, so
+#                  that it never divides by zero. A large e becomes +1 or -1, but these are so small
+#                  that their size survives: 0.003 becomes 0.69, and 0.0015 becomes 0.43.
+#     attention    w_q and w_k are 0, so all weights are equal. It adds 0.0015 q to every e. If most
+#                  tokens are zeros, that pushes the zeros away from 0 and the ones towards 0.
+#     MLP          SiLU(z) + SiLU(-z) is nearly |z|, with z = 8 LayerNorm(e). The MLP adds to e five
+#                  times the change of |z| due to the push. So e becomes large: positive where it
+#                  was pushed away from 0, and negative where it was pushed towards 0.
+#     LayerNorm    A large e becomes +1 or -1.
+@torch.no_grad()
+def folding_model():
+    """A classifier of 58 parameters that takes the mean |1 - 2c/T| (1, -1) over its tokens."""
+    model = TransformerClassifier(2, 2, d_model=2, d_key=1, n_heads=1, mlp_factor=1, n_layers=1)
+    model = model.double()
+    block = model.transformer_model[0]
+    head = block.attn.heads[0]
+    for linear in (head.w_q, head.w_k, head.w_v, block.attn.w_o, block.mlp[0], block.mlp[2]):
+        linear.weight.zero_()
+        linear.bias.zero_()
+
+    direction = torch.tensor([1.0, -1.0], dtype=torch.double)
+    model.token_embedding.weight[0] = 0.003 * direction
+    model.token_embedding.weight[1] = -0.003 * direction
+    normalized = model.final_layer_norm(0.003 * direction)[0]              # 0.69
+    head.w_v.weight.copy_(torch.eye(2))
+    block.attn.w_o.weight.copy_(torch.eye(2) * 0.0015 / normalized)
+    block.mlp[0].weight[0] = 4 * direction                                 # z = 4 e - 4 (-e)
+    block.mlp[0].weight[1] = -4 * direction                                # -z
+    block.mlp[2].weight[0] = 5
+    block.mlp[2].weight[1] = -5
+    z = 8 * normalized                                                     # without a push
+    block.mlp[2].bias.copy_(-5 * (F.silu(z) + F.silu(-z)) * direction)
+    return model
+
+
+@torch.no_grad()
+def straight_model(width):
+    """A classifier without a block that takes the mean (2c/T - 1) u, with a fixed vector u."""
+    model = TransformerClassifier(2, 2, d_model=width, d_key=1, n_heads=1, mlp_factor=1, n_layers=0)
+    model = model.double()
+    direction = torch.linspace(-1, 1, width, dtype=torch.double)
+    model.token_embedding.weight[0] = -direction
+    model.token_embedding.weight[1] = direction
+    return model
+
+
+@torch.no_grad()
+def token_vectors(model, tokens):
+    """The vectors (B, T, d_model) that the model takes the mean of."""
+    x = model.token_embedding(tokens)
+    x = model.transformer_model(x)
+    return model.final_layer_norm(x)
+
+
+@torch.no_grad()
+def classifier_input(model, seq_len):
+    """What the classifier gets for 0 ... T ones: x (T+1,) times a vector u (d_model,)."""
+    strings, _, _ = one_string_per_count(seq_len)
+    means = token_vectors(model, strings).mean(dim=1)                      # (T+1, d_model)
+    u = means[-1]                                                          # only ones: x = 1
+    return means @ u / (u @ u), u
+
+
+@torch.no_grad()
+def check_on_all_strings(model, seq_len):
+    """How many of the 2^T strings the model gets right, and the smallest difference of its logits.
+
+    Every string goes through the model, in the precision of its weights.
+    """
+    bits = [torch.arange(2)] * seq_len
+    strings = torch.cartesian_prod(*bits).view(-1, seq_len)                # (2^T, T)
+    logits = model(strings)                                                # (2^T, 2)
+    right = logits.argmax(dim=1) == strings.sum(dim=1) % 2                 # (2^T,)
+    difference = (logits[:, 1] - logits[:, 0]).abs().min()
+    return right.sum().item(), difference.item()
+
+
+@torch.no_grad()
+def set_classifier(model, u, w, b, a):
+    """Write f into the classifier of a model, whose input is x u."""
+    first, _, last = model.classifier
+    first.weight.copy_(torch.outer(w, u) / (u @ u))                        # times x u: w x
+    first.bias.copy_(b)
+    last.weight[0] = -a[:-1] / 2                                           # logit(even) = -f / 2
+    last.weight[1] = a[:-1] / 2                                            # logit(odd) = f / 2
+    last.bias[0] = -a[-1] / 2
+    last.bias[1] = a[-1] / 2
+
+
+def find_network(width, n_layers, may_be_wrong, seq_len=10, n_tries=10):
+    """Find a classifier that is right on all strings but those with `may_be_wrong` ones.
+
+    It is checked in float32 and in float64, and returned in float32. A search that misses is
+    started again, at most `n_tries` times.
+    """
+    if n_layers == 0:
+        model = straight_model(width)
+    else:
+        model = folding_model()
+    x, u = classifier_input(model, seq_len)
+    counts = torch.arange(seq_len + 1)
+    targets = 2.0 * (counts % 2).double() - 1                              # -1: even, 1: odd
+    kept = [c for c in range(seq_len + 1) if c not in may_be_wrong]
+    goal = sum(math.comb(seq_len, c) for c in kept)
+    for _ in range(n_tries):
+        w, b, a = search(x[kept], targets[kept], width)
+        set_classifier(model, u, w, b, a)
+        n_float32, _ = check_on_all_strings(model.float(), seq_len)
+        n_float64, _ = check_on_all_strings(model.double(), seq_len)
+        if n_float32 >= goal and n_float64 >= goal:
+            break
     return model.float()
 
 
-def train_many(sizes, n_seeds, seq_len, device, steps=2000, lr=0.01):
-    """Train S = n_seeds models side by side on all 2^T strings, as one weighted string per count; returns the best."""
-    strings, parities, fractions = one_string_per_count(seq_len, device)
-    models = []
-    for seed in range(n_seeds):
-        torch.manual_seed(seed)
-        models.append(TransformerClassifier(2, 2, *sizes).to(device))
-        for p in models[-1].classifier[0].parameters():
-            p.data *= 10  # one more 1 moves the mean by only about 1 / T, so start with a steep classifier
-    weights, _ = torch.func.stack_module_state(models)                      # each (S, ...)
-    forward = torch.func.vmap(lambda one: torch.func.functional_call(models[0], one, (strings,)))
-    optimizer = torch.optim.Adam(weights.values(), betas=(0.9, 0.95))       # elementwise: the models stay independent
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=False)
-    for _ in range(steps):
-        margins = (2 * parities - 1) * forward(weights).diff(dim=-1).squeeze(-1)            # (S, T+1), > 0 is right
-        optimizer.zero_grad()
-        (fractions * F.softplus(-margins)).sum().backward()                 # cross-entropy with two classes
-        norms = sum(p.grad.flatten(1).square().sum(dim=1) for p in weights.values()).sqrt()                 # (S,)
-        for p in weights.values():                                          # clip the gradient of each model to norm 1
-            p.grad /= norms.clamp_min(1.0).view(-1, *[1] * (p.ndim - 1))
-        optimizer.step()
-        scheduler.step()
-    best = (fractions * (margins > 0.001)).sum(dim=1).argmax()
-    models[0].load_state_dict({name: value[best] for name, value in weights.items()})
-    return models[0].cpu()
+@torch.no_grad()
+def plot_f(axis, model, seq_len):
+    """Draw f on `axis` over the input x of the classifier: the counts, and a curve through them."""
+    x, u = classifier_input(model, seq_len)
+    _, correct, f = exact_accuracy(model, seq_len)
+    between = torch.linspace(x.min(), x.max(), 1001)                       # (1001,)
+    logits = model.classifier(torch.outer(between, u))                     # (1001, 2)
+    axis.axhline(0, color="grey", linewidth=0.8)
+    axis.plot(between, logits[:, 1] - logits[:, 0], color="lightgrey")
+    axis.plot(x[::2], f[::2], "o", label="even: f < 0 is right")
+    axis.plot(x[1::2], f[1::2], "^", label="odd: f > 0 is right")
+    axis.plot(x[~correct], f[~correct], "kx", markersize=10, label="wrong")
+    axis.set_ylim(-2, 3)
+    axis.set_ylabel("f")
+    axis.legend(fontsize=8, ncols=3, loc="upper center")
 
 
-def check_on_all_strings(model, seq_len):
-    """Accuracy on all 2^T strings, in float64 to limit rounding, and the smallest difference between the two logits."""
-    strings = torch.cartesian_prod(*[torch.arange(2)] * seq_len).view(-1, seq_len)          # (2^T, T)
-    logits = copy.deepcopy(model).double().requires_grad_(False)(strings)   # (2^T, 2)
-    correct = logits.argmax(dim=1) == strings.sum(dim=1) % 2                # (2^T,)
-    return correct.double().mean().item(), logits.diff(dim=1).abs().min().item()
-
-
-def sweep(args):
-    """Find the best model of each size, save those without a block, and return the smallest sizes that work."""
-    print("d_model d_key n_heads mlp_factor n_layers | params accuracy sign_changes logits_apart")
-    results = []
-    for sizes in [(width, 1, 1, 1, 0) for width in WIDTHS] + list(WITH_BLOCKS):
-        n_seeds = WITH_BLOCKS.get(sizes)
-        model = train_many(sizes, n_seeds, args.seq_len, args.device) if n_seeds else search(sizes[0], args.seq_len)
+@torch.no_grad()
+def plot_smallest(models, seq_len, path):
+    """Save f of each model without a block, and the parts that f of the last one is made of."""
+    n_columns = (len(models) + 2) // 2
+    size = (6 * n_columns, 7)
+    figure, axes = plt.subplots(2, n_columns, figsize=size, layout="constrained")
+    x, u = classifier_input(models[-1], seq_len)
+    for axis, model in zip(axes.flat, models):
+        plot_f(axis, model, seq_len)
         params = sum(p.numel() for p in model.parameters())
-        accuracy, apart = check_on_all_strings(model, args.seq_len)
-        sign_changes = (exact_accuracy(model, args.seq_len)[2] > 0).int().diff().abs().sum().item()
-        print("{:7} {:5} {:7} {:10} {:8} |".format(*sizes),
-              f"{params:6} {accuracy:8.4f} {sign_changes:12} {apart:12.2g}", flush=True)
-        results.append((params, accuracy, sizes, model))
-    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
-    for label, style, chosen in (("no block", "s--", results[:len(WIDTHS)]), ("blocks", "o-", results[len(WIDTHS):])):
-        params, accuracies, *_ = zip(*chosen)
-        axis.semilogx(params, accuracies, style, label=label)
-    axis.axhline(0.95, color="grey", linestyle=":", label="accuracy 0.95")
-    axis.set_xticks([result[0] for result in results], [result[0] for result in results], rotation=90, fontsize=7)
-    axis.minorticks_off()
-    axis.set(xlabel="parameters", ylabel="accuracy on all strings, best model")
-    axis.legend()
-    path = os.path.join(args.out_dir, "parity_sweep.png")
-    figure.savefig(path, dpi=100)
-    print(f"saved {path}")
-    for params, _, sizes, model in results[:len(WIDTHS)]:
-        path = os.path.join(args.out_dir, f"parity_{params}")
-        torch.save({"sizes": sizes, "weights": model.state_dict()}, f"{path}.pt")
-        plot_units(model, args.seq_len, f"{path}.png")
-    return [min((params for params, accuracy, *_ in results if accuracy >= goal), default=None) for goal in (0.95, 1.0)]
+        n_right, _ = check_on_all_strings(model, seq_len)
+        axis.set_title(f"{params} parameters: {n_right:,} strings right")
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures
-@torch.no_grad()
-def plot_units(model, seq_len, path):
-    """Left: the terms of f(c) of a model without blocks. Right: their sum, the sawtooth."""
-    first, silu, last = model.classifier
-    zero, one = model.final_layer_norm(model.token_embedding.weight)        # (d_model,) each
-    c = torch.linspace(0, seq_len, 401)                                     # also between the integers
-    pooled = zero + (c / seq_len).unsqueeze(1) * (one - zero)               # (401, d_model)
-    units = silu(first(pooled)) * last.weight.diff(dim=0)                   # (401, d_model)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    labels = [f"$a_{j}$ SiLU($w_{j} c + b_{j}$)" for j in range(1, units.size(1) + 1)]
-    left.plot(c.tolist(), units.tolist(), label=labels)
-    left.set(title="each hidden unit (log scale beyond 1)", xlabel="number of ones c")
-    left.set_yscale("symlog", linthresh=1)
-    left.legend()
-    _, _, f = exact_accuracy(model, seq_len)                                # (T+1,)
-    right.axhline(0, color="grey", linewidth=0.8)
-    right.plot(c.tolist(), (units.sum(dim=1) + last.bias.diff()).tolist(), color="lightgrey")
-    right.plot(range(0, seq_len + 1, 2), f[::2].tolist(), "o", label="even: should be below 0")
-    right.plot(range(1, seq_len + 1, 2), f[1::2].tolist(), "^", label="odd: should be above 0")
-    right.set(title="their sum and a constant: f(c) = logit(odd) - logit(even)", xlabel="number of ones c", ymargin=0.2)
-    right.legend(ncols=2, fontsize=8)
+    # Far to the right only units with w > 0 are left. f is small there, so their slopes nearly
+    # cancel. Far to the left, the same holds for the units with w < 0.
+    first, _, last = models[-1].classifier
+    w = first.weight @ u                                                   # (n,)
+    a = last.weight[1] - last.weight[0]                                    # (n,)
+    k = last.bias[1] - last.bias[0]
+    between = torch.linspace(-1, 1, 1001)                                  # (1001,)
+    units = a * F.silu(torch.outer(between, w) + first.bias)               # (1001, n)
+    right = units[:, w > 0].sum(dim=1)
+    left = units[:, w < 0].sum(dim=1) + k
+    axis = axes.flat[len(models)]
+    axis.plot(between, right, label=f"sum of the {(w > 0).sum()} units with w > 0")
+    axis.plot(between, left, label=f"k and the {(w < 0).sum()} units with w < 0")
+    axis.plot(between, right + left, color="lightgrey", label="all together: f")
+    axis.set_title(f"what the {len(w)} units of the last network add up to")
+    axis.legend(fontsize=8)
+    for axis in axes.flat:
+        axis.set_xlabel("number of ones")
+        axis.set_xticks(x, range(seq_len + 1))
     figure.savefig(path, dpi=100)
+    plt.close(figure)
     print(f"saved {path}")
 
 
 @torch.no_grad()
-def plot_heads(model, seq_len, path):
-    """Weights of the first two heads of the first two blocks, for a string in which every third bit is one."""
-    string = (torch.arange(seq_len) % 3 == 1).long()                        # (T,)
-    x = model.token_embedding(string.to(next(model.parameters()).device))   # (T, d_model)
-    panels, titles = [], []
-    for i, block in enumerate(model.transformer_model[:2]):
-        for j, head in enumerate(block.attn.heads[:2]):
-            h = block.ln1(x)
-            panels.append(attention(head.w_q(h), head.w_k(h), head.w_v(h))[1])              # (T, T)
-            titles.append(f"block {i + 1}, head {j + 1}")
-        x = block(x)
-    plot_attention(torch.stack(panels), string.tolist(), string.tolist(), path, titles, columns=4)
+def plot_fold(model, seq_len, path):
+    """Save how a block folds the counts: its tokens, their mean, and f over the mean."""
+    strings, _, _ = one_string_per_count(seq_len)
+    feature = token_vectors(model, strings)[:, :, 0]                       # (T+1, T)
+    x, _ = classifier_input(model, seq_len)
+    counts = torch.arange(seq_len + 1)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    axes[0].plot(counts[:-1], feature[:-1, -1], "o-", label="each 0")      # zeros are at the end
+    axes[0].plot(counts[1:], feature[1:, 0], "s-", label="each 1")
+    axes[0].set_title("after the block: +1 for the majority, -1 for the others")
+    axes[0].set_ylabel("first feature")
+    axes[0].legend()
+    axes[1].plot(counts, x, "o-", color="black")
+    axes[1].set_title("their mean x: the counts, folded")
+    axes[1].set_ylabel("x")
+    for axis in axes[:2]:
+        axis.set_xlabel("number of ones")
+        axis.set_xticks(counts)
+    plot_f(axes[2], model, seq_len)
+    axes[2].set_title("f over the folded counts")
+    axes[2].set_xlabel("number of ones")
+    half = seq_len // 2 + 1
+    axes[2].set_xticks(x[:half], [f"{c} or {seq_len - c}" for c in range(half)])
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(f"saved {path}")
+
+
+def sweep(out_dir, networks=NETWORKS, seq_len=10, n_tries=10):
+    """Find, check, save and draw the networks; returns how many strings each gets right.
+
+    The keys of the returned dict are the numbers of parameters.
+    """
+    print("parameters blocks width | strings right sign changes smallest |f|")
+    results = {}
+    without_block = []
+    for width, n_layers, may_be_wrong in networks:
+        model = find_network(width, n_layers, may_be_wrong, seq_len, n_tries)
+        params = sum(p.numel() for p in model.parameters())
+        n_right, smallest = check_on_all_strings(model, seq_len)
+        _, _, f = exact_accuracy(model, seq_len)
+        answers = (f > 0).int()                                            # (T+1,)
+        n_changes = answers.diff().abs().sum()
+        print(f"{params:10} {n_layers:6} {width:5} |"
+              f" {n_right:13} {n_changes:12} {smallest:12.2f}", flush=True)
+        results[params] = n_right
+
+        path = os.path.join(out_dir, f"parity_{params}.pt")
+        sizes = (width, 1, 1, 1, n_layers)
+        torch.save({"sizes": sizes, "weights": model.state_dict()}, path)
+        print(f"saved {path}")
+        if n_layers == 0:
+            without_block.append(model)
+        else:
+            plot_fold(model, seq_len, os.path.join(out_dir, "parity_fold.png"))
+    plot_smallest(without_block, seq_len, os.path.join(out_dir, "parity_smallest.png"))
+    return results
 
 
 if __name__ == "__main__":
     start = time.perf_counter()
+
+    # options
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seq_len", type=positive(int), default=10, help="bits in each string")
-    parser.add_argument("--n_samples", type=positive(int), default=1000, help="random strings, 4/5 of them to train on")
+    parser.add_argument("--n_samples", type=positive(int), default=1000,
+                        help="random strings, 4/5 of them to train on")
     parser.add_argument("--d_model", type=positive(int), default=8, help="width of the model")
     parser.add_argument("--d_key", type=positive(int), default=8, help="width of queries and keys")
     parser.add_argument("--n_heads", type=positive(int), default=2, help="heads in each block")
-    parser.add_argument("--mlp_factor", type=positive(int), default=4, help="hidden width of the MLP / d_model")
+    parser.add_argument("--mlp_factor", type=positive(int), default=4,
+                        help="hidden width of the MLP / d_model")
     parser.add_argument("--n_layers", type=int, default=2, help="blocks, may be 0")
     parser.add_argument("--lr", type=positive(float), default=0.006, help="peak learning rate")
-    parser.add_argument("--steps", type=positive(int), default=650, help="training steps at most; stops when done")
-    parser.add_argument("--batch_size", type=positive(int), default=800, help="strings in each step")
-    parser.add_argument("--sweep", action="store_true", help="find the smallest model; of these uses only --seq_len")
+    parser.add_argument("--steps", type=positive(int), default=650,
+                        help="training steps at most; stops when done")
+    parser.add_argument("--batch_size", type=positive(int), default=800,
+                        help="strings in each step")
+    parser.add_argument("--sweep", action="store_true",
+                        help="find the smallest networks for length 10 instead; uses only --seed")
     args = parse_args(parser)
-    torch.set_num_threads(1)  # threading overhead dominates at this size
+    if args.n_samples < 2:
+        sys.exit("--n_samples 1: at least 2 are needed, one to train on and one to validate")
+    if args.n_layers < 0:
+        sys.exit(f"--n_layers {args.n_layers}: 0 or more are needed")
+    torch.set_num_threads(1)  # the tensors are so small that more threads only wait for each other
+
     if args.sweep:
-        smallest_95, smallest_all = sweep(args)
-        print(f"result: {smallest_95=} {smallest_all=} seconds={time.perf_counter() - start:.1f}")
+        results = sweep(args.out_dir)
+        accuracies = {params: n_right / 2 ** 10 for params, n_right in results.items()}
+        smallest_95 = min(params for params in accuracies if accuracies[params] > 0.95)
+        smallest_all = min(params for params in accuracies if accuracies[params] == 1)
+        seconds = time.perf_counter() - start
+        print(f"result: {smallest_95=} {smallest_all=} accuracy_32={accuracies[32]:.4f}"
+              f" accuracy_58={accuracies[58]:.4f} {seconds=:.1f}")
         sys.exit()
 
-    x = torch.randint(2, (args.n_samples, args.seq_len))                    # (N, T)
-    counts = x.sum(dim=1).to(args.device)                                   # (N,)
+    # data: random strings, the label is 1 for an odd number of ones
+    x = torch.randint(2, (args.n_samples, args.seq_len)).to(args.device)   # (N, T)
+    y = x.sum(dim=1) % 2                                                   # (N,)
     n_train = args.n_samples * 4 // 5
-    sizes = args.d_model, args.d_key, args.n_heads, args.mlp_factor, args.n_layers
+    n_val = args.n_samples - n_train
+
+    # model and optimizer
+    sizes = (args.d_model, args.d_key, args.n_heads, args.mlp_factor, args.n_layers)
     model = TransformerClassifier(2, 2, *sizes).to(args.device)
     params = sum(p.numel() for p in model.parameters())
-    print(f"{params:,} parameters, {n_train:,} strings to train on, {args.n_samples - n_train:,} to validate")
-
-    # The plateau: parity is uncorrelated with all polynomials of the count of degree below T, so until f is a sawtooth,
-    # gradients are tiny, and small batches drown them in noise. Then they grow tenfold within a few steps. The default
-    # beta2 = 0.999 averages their squares over 1,000 steps, lags behind, and the update overshoots. 0.9 adapts in ten.
+    print(f"{params:,} parameters, {n_train:,} strings to train on, {n_val:,} to validate")
+    # Why there is a plateau: over all strings, parity is uncorrelated with every polynomial of the
+    # number of ones of degree below T. So as long as f is smooth, the gradient is almost zero, and
+    # in a small batch it is lost in noise. By default a batch is the whole training set.
+    # Why beta2 is 0.9: when the plateau ends, the gradient grows tenfold within a few steps. Adam
+    # divides it by the root of the mean of its squares. The default beta2 of 0.999 averages over
+    # about 1,000 steps, so it lags and the update overshoots; 0.9 averages over about ten.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.9))
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, cycle_momentum=False)
-    strings, _, _ = one_string_per_count(args.seq_len, args.device)         # (T+1, T)
+    # the learning rate rises from args.lr / 25 to args.lr and then falls to almost 0
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps,
+                                                    cycle_momentum=False)
+
+    # training loop
+    losses = []
+    accuracies = []
     n_low = 0
     for step in range(args.steps):
-        rows = torch.randint(n_train, (args.batch_size,)) if args.batch_size < n_train else torch.arange(n_train)
-        # Equals model(x[rows]) up to rounding, but five times faster: only one string per count goes through the model.
-        logits = model(strings)[counts[rows]]                               # (B, 2)
-        loss = F.cross_entropy(logits, counts[rows] % 2)
+        # get a batch
+        if args.batch_size < n_train:
+            rows = torch.randint(n_train, (args.batch_size,))              # (B,)
+        else:
+            rows = torch.arange(n_train)                                   # all of them
+
+        # forward
+        logits = model(x[rows])                                            # (B, 2)
+        loss = F.cross_entropy(logits, y[rows])
+        accuracy, _, _ = exact_accuracy(model, args.seq_len)
+        losses.append(loss.item())
+        accuracies.append(accuracy)
+
+        # log
         if step == 0:
-            print(f"step 0: loss {loss:.4f}, uniform prediction ln 2 = {math.log(2):.4f}")
+            print(f"step 0/{args.steps}: loss {loss:.4f}, coin flip ln 2 = {math.log(2):.4f}")
         elif step % 50 == 0:
-            accuracy_all, _, _ = exact_accuracy(model, args.seq_len)
-            print(f"step {step}: loss {loss:.4f}, accuracy on all strings {accuracy_all:.4f}")
+            print(f"step {step}/{args.steps}: loss {loss:.4f},"
+                  f" accuracy on all strings {accuracy:.4f}")
+
+        # backward and update
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        n_low = n_low + 1 if loss < 0.002 else 0                            # done after 5 low losses in a row
+
+        # stop after 5 low losses in a row
+        if loss < 0.002:
+            n_low += 1
+        else:
+            n_low = 0
         if n_low == 5:
             break
 
+    # evaluation
+    with torch.no_grad():
+        answers = model(x[n_train:]).argmax(dim=1)                         # (n_val,)
+    accuracy_val = (answers == y[n_train:]).float().mean().item()
     accuracy_all, correct, _ = exact_accuracy(model, args.seq_len)
-    accuracy_val = correct[counts[n_train:].cpu()].float().mean().item()          # right if the count is
-    print(f"step {step + 1}: loss {loss:.4f}, wrong counts of ones: {(~correct).nonzero().flatten().tolist()}")
+    wrong = (~correct).nonzero().flatten().tolist()
+    print(f"step {step + 1}/{args.steps}: loss {loss:.4f}, wrong numbers of ones: {wrong}")
     path = os.path.join(args.out_dir, "parity.pt")
     torch.save({"sizes": sizes, "weights": model.state_dict()}, path)
     print(f"saved {path}")
-    if args.n_layers > 0:
-        plot_heads(model, args.seq_len, os.path.join(args.out_dir, "parity_heads.png"))
-    print(f"result: {accuracy_val=:.4f} {accuracy_all=:.4f} {params=} seconds={time.perf_counter() - start:.1f}")
+
+    # figures
+    plot_curve(losses, accuracies, os.path.join(args.out_dir, "parity_curve.png"))
+    seconds = time.perf_counter() - start
+    print(f"result: {accuracy_val=:.4f} {accuracy_all=:.4f} {params=} {seconds=:.1f}")
