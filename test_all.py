@@ -612,6 +612,8 @@ def test_the_vectors_of_the_counts_form_an_arc_whatever_the_other_digits_are(cou
 
 def test_the_angles_are_those_of_the_normalized_vectors_of_the_query_for_0():
     model = wild(counting.CountingModel(3, 4, 6))
+    with torch.no_grad():
+        model.query += 2                                   # LayerNorm subtracts the mean again
     x = torch.stack([F.one_hot(torch.tensor(d), 3).float() for d in ([2, 2, 2, 2], [0, 0, 2, 2])])
     output, _ = attention(model.query, model.key(x), model.value(x), activation="sigmoid")
     vectors = (output + model.query)[:, 0]
@@ -648,12 +650,13 @@ def test_softmax_has_weights_of_its_own_and_is_trained_first(counted):
     assert (folder / "counting_sigmoid.pt").read_bytes() == saved
 
 
-def test_weights_of_other_options_are_named_and_kept(counted):
+@pytest.mark.parametrize("option", ["--vocab_size 4", "--hidden 8", "--sequence_length 6"])
+def test_weights_of_other_options_are_named_and_kept(counted, option):
     folder, _, _ = counted
     path = folder / "counting_sigmoid.pt"
     saved = path.read_bytes()
     with pytest.raises(SystemExit, match=f"{path} was trained with --vocab_size 3 --sequence_length 5 --hidden 16"):
-        run("counting.py", *SHORT, "--sequence", "3", "--vocab_size", 4, "--out_dir", folder)
+        run("counting.py", *SHORT, "--sequence", "2", *option.split(), "--out_dir", folder)
     assert path.read_bytes() == saved
 
 
@@ -711,19 +714,48 @@ def test_only_the_key_layer_has_weight_decay(monkeypatch):
     assert decay == expected
 
 
-def test_compare_returns_the_accuracies_of_models_trained_at_all_lengths(monkeypatch, tmp_path):
-    fake = {("sigmoid", False): 0.1, ("sigmoid", True): 0.2, ("softmax", False): 0.3, ("softmax", True): 0.4}
+def test_the_heatmap_is_labelled_with_the_models_counts_and_marked_where_a_row_should_be_bright(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(counting, "plot_attention", lambda *arguments, **options: drawn.append((arguments, options)))
     model = counting.CountingModel(3, 4, 8)
-    model.trained = None
+    with torch.no_grad():
+        model.out.bias[3] = 1000                           # it always answers 3
+    counting.show_counts([model], ["title"], [1, 1, 2], 3, "path")
+    (weights, x_labels, y_labels, *_), options = drawn[0]
+    assert weights.shape == (1, 3, 3) and x_labels == [1, 1, 2]
+    assert y_labels == [["0: 3 (true 0)", "1: 3 (true 2)", "2: 3 (true 1)"]]
+    assert options["marks"].int().tolist() == [[[0, 0, 0], [1, 1, 0], [0, 0, 1]]]
 
-    def train(args, activation, all_lengths):
-        model.trained = activation, all_lengths
+
+def compared(monkeypatch, tmp_path):
+    """Run `compare` with models that are not trained; returns what it returns, all models and those that it shows."""
+    fake = {("sigmoid", False): 0.1, ("sigmoid", True): 0.2, ("softmax", False): 0.3, ("softmax", True): 0.4}
+    models, shown = [], []
+
+    def train(args, *how):
+        model = counting.CountingModel(3, 4, 8)
+        model.how, model.seed = how, torch.initial_seed()
+        models.append(model)
         return model
 
     monkeypatch.setattr(counting, "train", train)
-    monkeypatch.setattr(counting, "accuracy", lambda model, digits, _: fake[model.trained] + digits.size(1))
-    args = argparse.Namespace(vocab_size=3, sequence_length=4, seed=0, out_dir=str(tmp_path))
-    assert counting.compare(args, [0, 1, 2]) == pytest.approx((4.2, 4.4))
+    monkeypatch.setattr(counting, "accuracy", lambda model, digits, V: fake[model.how] + digits.size(1))
+    monkeypatch.setattr(counting, "show_counts", lambda *arguments: shown.extend(zip(*arguments[:2])))
+    args = argparse.Namespace(vocab_size=3, sequence_length=4, seed=7, out_dir=str(tmp_path))
+    return counting.compare(args, [0, 1, 2]), models, shown
+
+
+def test_compare_returns_the_accuracies_of_models_trained_at_all_lengths(monkeypatch, tmp_path):
+    accuracies, _, _ = compared(monkeypatch, tmp_path)
+    assert accuracies == pytest.approx((4.2, 4.4))
+
+
+def test_compare_trains_three_seeds_and_shows_the_first(monkeypatch, tmp_path):
+    _, models, shown = compared(monkeypatch, tmp_path)
+    assert [model.seed for model in models] == [7, 8, 9] * 4
+    assert [(model.seed, *model.how, title) for model, title in shown] == [
+        (7, "sigmoid", False, "sigmoid, trained at length 4"), (7, "sigmoid", True, "sigmoid, trained at lengths 1-4"),
+        (7, "softmax", False, "softmax, trained at length 4"), (7, "softmax", True, "softmax, trained at lengths 1-4")]
 
 
 def test_compare_prints_a_row_for_each_training_and_saves_a_figure_only(tmp_path):
