@@ -242,7 +242,10 @@ def hidden_units(x, w, b):
 
     w and b are (n,) and the result is (P, n+1), or (S, n) and (S, P, n+1) for S networks at once.
     """
-    u = x.unsqueeze(-1) * w.unsqueeze(-2) + b.unsqueeze(-2)                # (..., P, n)
+    x = x.unsqueeze(-1)                                                    # (P, 1)
+    w = w.unsqueeze(-2)                                                    # (..., 1, n)
+    b = b.unsqueeze(-2)                                                    # (..., 1, n)
+    u = w * x + b                                                          # (..., P, n)
     ones = torch.ones_like(u[..., :1])                                     # (..., P, 1)
     return torch.cat([F.silu(u), ones], dim=-1)
 
@@ -255,9 +258,9 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
     """
     # Many random starts: units from gentle to steep, in both directions, that bend in [-2, 2].
     shape = (n_starts, width)
-    steepness = 100 ** torch.rand(shape, dtype=torch.double)               # 1 to 100
-    direction = 2 * torch.randint(2, shape) - 1                            # -1 or 1
     bend = 4 * torch.rand(shape, dtype=torch.double) - 2
+    direction = 2 * torch.randint(2, shape) - 1                            # -1 or 1
+    steepness = 100 ** torch.rand(shape, dtype=torch.double)               # 1 to 100
     w = direction * steepness                                              # (S, n)
     b = -w * bend                                                          # (S, n)
     y = targets.view(1, -1, 1)                                             # (1, P, 1)
@@ -284,8 +287,9 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
         b = b.detach()
         margins = (f * y).detach().amin(dim=(1, 2))                        # (S,)
         best = margins.argmax()
-        if margins[best] > 0.1 or i == n_rounds - 1:
+        if margins[best] > 0.15 or i == n_rounds - 1:
             break
+
         # Most starts end in poor local minima. Keep the best tenth, ten copies of each, with noise:
         # little for most of them, much for some.
         survivors = losses.argsort()[:n_starts // 10].repeat(10)
@@ -328,9 +332,9 @@ def folding_model():
     model = model.double()
     block = model.transformer_model[0]
     head = block.attn.heads[0]
-    for linear in (head.w_q, head.w_k, head.w_v, block.attn.w_o, block.mlp[0], block.mlp[2]):
-        linear.weight.zero_()
-        linear.bias.zero_()
+    for name, p in block.named_parameters():
+        if not name.startswith("ln"):  # everything but the two LayerNorms
+            p.zero_()
 
     direction = torch.tensor([1.0, -1.0], dtype=torch.double)
     model.token_embedding.weight[0] = 0.003 * direction
@@ -343,7 +347,8 @@ def folding_model():
     block.mlp[2].weight[0] = 5
     block.mlp[2].weight[1] = -5
     z = 8 * normalized                                                     # without a push
-    block.mlp[2].bias.copy_(-5 * (F.silu(z) + F.silu(-z)) * direction)
+    size = F.silu(z) + F.silu(-z)                                          # nearly |z|
+    block.mlp[2].bias.copy_(-5 * size * direction)
     return model
 
 
@@ -433,12 +438,14 @@ def plot_f(axis, model, seq_len):
     _, correct, f = exact_accuracy(model, seq_len)
     between = torch.linspace(x.min(), x.max(), 1001)                       # (1001,)
     logits = model.classifier(torch.outer(between, u))                     # (1001, 2)
+    curve = logits[:, 1] - logits[:, 0]                                    # (1001,)
+    f = f.clamp(-1.8, 2.5)                     # points beyond the axis are drawn at its edge
     axis.axhline(0, color="grey", linewidth=0.8)
-    axis.plot(between, logits[:, 1] - logits[:, 0], color="lightgrey")
+    axis.plot(between, curve, color="lightgrey")
     axis.plot(x[::2], f[::2], "o", label="even: f < 0 is right")
     axis.plot(x[1::2], f[1::2], "^", label="odd: f > 0 is right")
     axis.plot(x[~correct], f[~correct], "kx", markersize=10, label="wrong")
-    axis.set_ylim(-2, 3)
+    axis.set_ylim(-2, 3.2)
     axis.set_ylabel("f")
     axis.legend(fontsize=8, ncols=3, loc="upper center")
 
@@ -446,30 +453,36 @@ def plot_f(axis, model, seq_len):
 @torch.no_grad()
 def plot_smallest(models, seq_len, path):
     """Save f of each model without a block, and the parts that f of the last one is made of."""
-    n_columns = (len(models) + 2) // 2
+    n_columns = (len(models) + 2) // 2                                     # one more than models
     size = (6 * n_columns, 7)
     figure, axes = plt.subplots(2, n_columns, figsize=size, layout="constrained")
-    x, u = classifier_input(models[-1], seq_len)
+    x, direction = classifier_input(models[-1], seq_len)
     for axis, model in zip(axes.flat, models):
         plot_f(axis, model, seq_len)
         params = sum(p.numel() for p in model.parameters())
         n_right, _ = check_on_all_strings(model, seq_len)
         axis.set_title(f"{params} parameters: {n_right:,} strings right")
 
-    # Far to the right only units with w > 0 are left. f is small there, so their slopes nearly
-    # cancel. Far to the left, the same holds for the units with w < 0.
+    # Two units that bend in the same place nearly cancel everywhere else, up to a straight line.
+    # The units are sorted by the place where they bend, so that such pairs stand side by side. A
+    # straight line can be moved from one pair to the other without changing f: the first pair is
+    # shown without the line through its ends, and the rest with it.
     first, _, last = models[-1].classifier
-    w = first.weight @ u                                                   # (n,)
+    w = first.weight @ direction                                           # (n,)
+    b = first.bias                                                         # (n,)
     a = last.weight[1] - last.weight[0]                                    # (n,)
     k = last.bias[1] - last.bias[0]
+    order = (-b / w).argsort()
     between = torch.linspace(-1, 1, 1001)                                  # (1001,)
-    units = a * F.silu(torch.outer(between, w) + first.bias)               # (1001, n)
-    right = units[:, w > 0].sum(dim=1)
-    left = units[:, w < 0].sum(dim=1) + k
+    u = torch.outer(between, w) + b                                        # (1001, n)
+    units = a * F.silu(u)                                                  # (1001, n)
+    f = units.sum(dim=1) + k
+    pair = units[:, order[:2]].sum(dim=1)
+    line = pair[0] + (pair[-1] - pair[0]) * (between + 1) / 2
     axis = axes.flat[len(models)]
-    axis.plot(between, right, label=f"sum of the {(w > 0).sum()} units with w > 0")
-    axis.plot(between, left, label=f"k and the {(w < 0).sum()} units with w < 0")
-    axis.plot(between, right + left, color="lightgrey", label="all together: f")
+    axis.plot(between, pair - line, label="two of the units, without a straight line")
+    axis.plot(between, f - pair + line, label="the other units, k and that line")
+    axis.plot(between, f, color="lightgrey", label="all together: f")
     axis.set_title(f"what the {len(w)} units of the last network add up to")
     axis.legend(fontsize=8)
     for axis in axes.flat:
@@ -488,12 +501,12 @@ def plot_fold(model, seq_len, path):
     x, _ = classifier_input(model, seq_len)
     counts = torch.arange(seq_len + 1)
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    axes[0].plot(counts[:-1], feature[:-1, -1], "o-", label="each 0")      # zeros are at the end
-    axes[0].plot(counts[1:], feature[1:, 0], "s-", label="each 1")
+    axes[0].plot(counts[:-1], feature[:-1, -1], "o", label="each 0")       # zeros are at the end
+    axes[0].plot(counts[1:], feature[1:, 0], "s", label="each 1")
     axes[0].set_title("after the block: +1 for the majority, -1 for the others")
     axes[0].set_ylabel("first feature")
     axes[0].legend()
-    axes[1].plot(counts, x, "o-", color="black")
+    axes[1].plot(counts, x, "o", color="black")
     axes[1].set_title("their mean x: the counts, folded")
     axes[1].set_ylabel("x")
     for axis in axes[:2]:
@@ -502,8 +515,9 @@ def plot_fold(model, seq_len, path):
     plot_f(axes[2], model, seq_len)
     axes[2].set_title("f over the folded counts")
     axes[2].set_xlabel("number of ones")
-    half = seq_len // 2 + 1
-    axes[2].set_xticks(x[:half], [f"{c} or {seq_len - c}" for c in range(half)])
+    half = seq_len // 2
+    labels = [f"{c} or {seq_len - c}" for c in range(half)]
+    axes[2].set_xticks(x[:half + 1], labels + [half])
     figure.savefig(path, dpi=100)
     plt.close(figure)
     print(f"saved {path}")
@@ -545,16 +559,22 @@ if __name__ == "__main__":
 
     # options
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seq_len", type=positive(int), default=10, help="bits in each string")
+    parser.add_argument("--seq_len", type=positive(int), default=10,
+                        help="bits in each string")
     parser.add_argument("--n_samples", type=positive(int), default=1000,
                         help="random strings, 4/5 of them to train on")
-    parser.add_argument("--d_model", type=positive(int), default=8, help="width of the model")
-    parser.add_argument("--d_key", type=positive(int), default=8, help="width of queries and keys")
-    parser.add_argument("--n_heads", type=positive(int), default=2, help="heads in each block")
+    parser.add_argument("--d_model", type=positive(int), default=8,
+                        help="width of the model")
+    parser.add_argument("--d_key", type=positive(int), default=8,
+                        help="width of queries and keys")
+    parser.add_argument("--n_heads", type=positive(int), default=2,
+                        help="heads in each block")
     parser.add_argument("--mlp_factor", type=positive(int), default=4,
                         help="hidden width of the MLP / d_model")
-    parser.add_argument("--n_layers", type=int, default=2, help="blocks, may be 0")
-    parser.add_argument("--lr", type=positive(float), default=0.006, help="peak learning rate")
+    parser.add_argument("--n_layers", type=int, default=2,
+                        help="blocks, may be 0")
+    parser.add_argument("--lr", type=positive(float), default=0.006,
+                        help="peak learning rate")
     parser.add_argument("--steps", type=positive(int), default=650,
                         help="training steps at most; stops when done")
     parser.add_argument("--batch_size", type=positive(int), default=800,
@@ -620,7 +640,8 @@ if __name__ == "__main__":
 
         # log
         if step == 0:
-            print(f"step 0/{args.steps}: loss {loss:.4f}, coin flip ln 2 = {math.log(2):.4f}")
+            print(f"step 0/{args.steps}: loss {loss:.4f},"
+                  f" uniform prediction ln 2 = {math.log(2):.4f}")
         elif step % 50 == 0:
             print(f"step {step}/{args.steps}: loss {loss:.4f},"
                   f" accuracy on all strings {accuracy:.4f}")
@@ -646,7 +667,8 @@ if __name__ == "__main__":
     accuracy_val = (answers == y[n_train:]).float().mean().item()
     accuracy_all, correct, _ = exact_accuracy(model, args.seq_len)
     wrong = (~correct).nonzero().flatten().tolist()
-    print(f"step {step + 1}/{args.steps}: loss {loss:.4f}, wrong numbers of ones: {wrong}")
+    print(f"step {step + 1}/{args.steps}: loss {loss:.4f},"
+          f" wrong numbers of ones: {wrong}")
     path = os.path.join(args.out_dir, "parity.pt")
     torch.save({"sizes": sizes, "weights": model.state_dict()}, path)
     print(f"saved {path}")
@@ -654,4 +676,5 @@ if __name__ == "__main__":
     # figures
     plot_curve(losses, accuracies, os.path.join(args.out_dir, "parity_curve.png"))
     seconds = time.perf_counter() - start
-    print(f"result: {accuracy_val=:.4f} {accuracy_all=:.4f} {params=} {seconds=:.1f}")
+    print(f"result: {accuracy_val=:.4f} {accuracy_all=:.4f}"
+          f" {params=} {seconds=:.1f}")
