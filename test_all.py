@@ -1,5 +1,6 @@
 """Tests of what the scripts and the README claim, in the order of the scripts. Run with: pytest test_all.py"""
 
+import argparse
 import collections
 import contextlib
 import gzip
@@ -12,6 +13,7 @@ import random
 import re
 import runpy
 import socket
+import struct
 import subprocess
 import sys
 
@@ -706,134 +708,537 @@ def test_the_shipped_weights_translate(tmp_path, monkeypatch):
     assert accuracy.max() > 0.85 > diagonal > chance
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# saliency.py
+# --------------------------------------------------------------------------------------------------
+# saliency.py: the Jacobian and the attacks
 def small_network(dtype=torch.float32):
     """A small network with random weights whose BatchNorms are not the identity."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), saliency.BasicBlock(4, 8, 2),
-                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6)).to(dtype)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+        saliency.BasicBlock(4, 8, stride=2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6))
+    model.to(dtype)
     for _ in range(5):
         model(torch.rand(8, 3, 8, 8, dtype=dtype))
     return model
 
 
-def test_the_jacobian_equals_jacrev():
-    model, x, target = small_network(torch.float64), torch.rand(3, 3, 8, 8).double(), torch.tensor([0, 5, 2])
-    gradient, logits = saliency.calculate_jacobian(model, x, target)
-    model.eval()
-    assert torch.equal(logits, model(x))
-    jacobian = torch.func.jacrev(lambda x: F.cross_entropy(model(x), target, reduction="none"))(x)   # (3, 3, 3, 8, 8)
-    assert torch.allclose(gradient, jacobian[range(3), range(3)], atol=1e-12) and gradient.abs().max() > 1e-3
+def linear_network(n_classes, size):
+    """Logits that are linear in the image. Its loss is convex: a step along the gradient helps."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, n_classes)).double()
 
 
-def test_the_jacobian_changes_neither_the_model_nor_the_images():
-    model, x = small_network().train(), torch.rand(2, 3, 8, 8)
-    before = model[1].running_mean.clone()
-    gradient, logits = saliency.calculate_jacobian(model, x, torch.tensor([0, 1]))
-    assert model.training and torch.equal(model[1].running_mean, before) and not x.requires_grad
-    assert all(p.grad is None for p in model.parameters()) and not gradient.requires_grad and not logits.requires_grad
+def test_the_jacobian_equals_that_of_torch_func_jacrev():
+    model = small_network(torch.float64).eval()
+    x = torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    target = torch.tensor([0, 5, 2])
+    gradient, _ = saliency.calculate_jacobian(model, x, target)
+    losses = torch.func.jacrev(lambda x: F.cross_entropy(model(x), target, reduction="none"))
+    for i in range(3):
+        assert torch.allclose(gradient[i], losses(x)[i, i], atol=1e-12)
+    assert gradient.abs().max() > 1e-3
 
 
-def test_a_confident_prediction_keeps_its_gradient():
-    """With a margin of 30 the gradient is exp(-30) times the difference of two rows; float32 loses one of them."""
-    model, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 2, bias=False)), torch.full((1, 3, 2, 2), 0.5)
+def test_the_jacobian_comes_with_the_logits_of_eval_mode():
+    model = small_network()
+    x = torch.rand(2, 3, 8, 8)
+    _, logits = saliency.calculate_jacobian(model.train(), x, torch.tensor([0, 1]))
+    assert torch.equal(logits, model.eval()(x).detach()) and not logits.requires_grad
+
+
+def test_the_jacobian_of_an_image_is_the_same_alone_and_in_a_batch():
+    model = small_network(torch.float64).train()
+    x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    target = torch.tensor([0, 5, 2, 2])
+    together, _ = saliency.calculate_jacobian(model, x, target)
+    alone, _ = saliency.calculate_jacobian(model, x[1:2], target[1:2])
+    assert torch.allclose(together[1:2], alone, atol=1e-12)
+
+
+def test_the_jacobian_leaves_the_model_as_it_was():
+    model = small_network().train()
+    model[1].eval()                                     # a frozen BatchNorm in a training model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    saliency.calculate_jacobian(model, torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
+    assert model.training and not model[1].training and model[3].bn1.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_the_jacobian_leaves_the_images_as_they_were():
+    x = torch.rand(2, 3, 8, 8)
+    before = x.clone()
+    gradient, _ = saliency.calculate_jacobian(small_network(), x, torch.tensor([0, 1]))
+    assert torch.equal(x, before) and x.grad is None and not x.requires_grad
+    assert not gradient.requires_grad
+
+
+def test_the_jacobian_can_be_computed_where_gradients_are_switched_off():
     with torch.no_grad():
-        model[1].weight[0] += 5 - (model[1].weight[0] - model[1].weight[1]).mean()         # 12 * 0.5 * 5 = 30
-    difference = (model[1].weight[1] - model[1].weight[0]).detach()
-    gradient, _ = saliency.calculate_jacobian(model, x, torch.tensor([0]))
-    assert torch.allclose(gradient.flatten() * math.exp(30), difference, rtol=1e-2)
+        gradient, _ = saliency.calculate_jacobian(small_network(), torch.rand(1, 3, 8, 8),
+                                                  torch.tensor([0]))
+    assert gradient.abs().max() > 0
 
 
-def test_saliency_is_the_norm_over_colors_rescaled():
-    gradient = torch.randn(3, 3, 4, 5)
-    gradient[1] *= 1e-30                                                 # the squares of these are 0 in float32
-    gradient[2] = 7.0
-    for g, s in zip(gradient[:2].double(), saliency.saliency_map(gradient)[:2].double()):
+@pytest.mark.parametrize("lead", [30, 60])
+def test_a_confident_prediction_keeps_its_gradient(lead):
+    """The loss is about exp(-lead), and so is its gradient: exp(-lead) * (other - target)."""
+    target = torch.tensor([[1.0, 2.0, 3.0]])
+    other = torch.tensor([[2.0, 0.0, 5.0]])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
+    model[1].weight.data = torch.cat([target, other])
+    model[1].bias.data = torch.tensor([lead + 0.5, 0.0])    # the pixels below add -0.5
+    gradient, _ = saliency.calculate_jacobian(model, torch.full((1, 3, 1, 1), 0.5),
+                                              torch.tensor([0]))
+    assert torch.allclose(gradient.flatten() * math.exp(lead), (other - target)[0], rtol=1e-3)
+
+
+def test_saliency_is_the_norm_over_colors_rescaled_to_0_and_1():
+    gradient = torch.randn(2, 3, 4, 5)
+    for g, s in zip(gradient, saliency.saliency_map(gradient)):
         norm = g.square().sum(dim=0).sqrt()
-        assert torch.allclose(s, (norm - norm.min()) / (norm.max() - norm.min()), atol=1e-5)
-    assert (saliency.saliency_map(gradient)[2] == 0).all()
+        assert torch.allclose(s, (norm - norm.min()) / (norm.max() - norm.min()), atol=1e-6)
+
+
+def test_saliency_does_not_depend_on_the_scale_of_the_gradient():
+    gradient = torch.randn(1, 3, 4, 5)
+    tiny = gradient * 1e-30                             # the squares of these are 0 in float32
+    assert torch.allclose(saliency.saliency_map(tiny), saliency.saliency_map(gradient), atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 7.0])
+def test_the_saliency_of_a_constant_gradient_is_0(value):
+    assert (saliency.saliency_map(torch.full((1, 3, 4, 5), value)) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["sign step", "scaled Jacobian", "unscaled Jacobian"])
+def test_an_attack_increases_the_loss_of_every_image(name):
+    model = linear_network(6, size=8)
+    x = torch.rand(20, 3, 8, 8, dtype=torch.float64) * 0.5 + 0.25
+    target = torch.arange(20) % 6
+    attacked = saliency.all_attacks(model, x, target, eps=0.01)[name]
+    before = F.cross_entropy(model(x), target, reduction="none")
+    after = F.cross_entropy(model(attacked), target, reduction="none")
+    assert (after > before).all()
+
+
+def test_every_attack_is_its_formula():
+    model = small_network()
+    x = torch.rand(2, 3, 8, 8) * 0.5 + 0.25
+    target = torch.tensor([0, 1])
+    gradient, _ = saliency.calculate_jacobian(model, x, target)
+    attacks = saliency.all_attacks(model, x, target, eps=0.1)
+    scaled = torch.stack([g / g.abs().max() for g in gradient])
+    assert torch.allclose(attacks["sign step"], x + 0.1 * gradient.sign(), atol=1e-6)
+    assert torch.allclose(attacks["scaled Jacobian"], x + 0.1 * scaled, atol=1e-6)
+    assert torch.allclose(attacks["unscaled Jacobian"], x + gradient, atol=1e-6)
+
+
+def test_random_signs_change_every_value_by_eps_in_half_of_the_cases_upwards():
+    x = torch.full((10, 3, 8, 8), 0.5)
+    target = torch.zeros(10, dtype=torch.long)
+    change = saliency.all_attacks(small_network(), x, target, eps=0.1)["random signs"] - x
+    assert torch.allclose(change.abs(), torch.tensor(0.1))
+    assert 0.45 < (change > 0).float().mean() < 0.55
+
+
+def test_the_example_of_three_values_is_right():
+    g = torch.tensor([3, -1, 0.1]).view(1, 3, 1, 1)
+    assert (g * g.sign()).sum().item() == pytest.approx(4.1)
+    assert (g * saliency.scale_to_1(g)).sum().item() == pytest.approx(3.34, abs=0.005)
+    assert g.norm().item() == pytest.approx(3.16, abs=0.005)
+
+
+def test_the_first_order_increases_are_l1_and_l2_squared_over_linf():
+    model = linear_network(4, size=8)
+    x = torch.full((1, 3, 8, 8), 0.5, dtype=torch.float64)
+    target = torch.tensor([2])
+    eps = 1e-6
+    g, _ = saliency.calculate_jacobian(model, x, target)
+    attacks = saliency.all_attacks(model, x, target, eps)
+    increase = {name: (F.cross_entropy(model(attacked), target)
+                       - F.cross_entropy(model(x), target)).item() / eps
+                for name, attacked in attacks.items()}
+    assert increase["sign step"] == pytest.approx(g.abs().sum().item(), rel=1e-3)
+    l2_squared_over_linf = g.square().sum() / g.abs().max()
+    assert increase["scaled Jacobian"] == pytest.approx(l2_squared_over_linf.item(), rel=1e-3)
+
+
+def test_where_all_entries_are_equally_large_the_sign_step_is_55_times_ahead_of_random_signs():
+    model = linear_network(2, size=32)
+    model[1].weight.data = torch.randn(2, 3072).sign().double()
+    model[1].weight.data[1] = -model[1].weight.data[0]
+    x = torch.rand(3, 3, 32, 32, dtype=torch.float64)
+    target = torch.tensor([0, 1, 0])
+    ahead_of_random, ahead_of_scaled, _ = saliency.measure_gradient(model, x, target)
+    assert ahead_of_random == pytest.approx(math.sqrt(3072)) and round(ahead_of_random) == 55
+    assert ahead_of_scaled == pytest.approx(1)
 
 
 @pytest.mark.parametrize("eps, steps", [(0.03, 1), (0.03, 4), (1.0, 1)])
-def test_adversarial_examples_stay_within_eps_and_within_0_and_1(eps, steps):
-    model, x, target = small_network(), torch.rand(3, 3, 8, 8), torch.tensor([0, 1, 2])
-    x[0, :, :4], x[1, :, :4] = 1.0, 0.0
-    attacks = saliency.all_attacks(model, x, target, eps, steps)
-    del attacks["unscaled Jacobian"]
-    for adversarial in attacks.values():
-        assert 0 < (adversarial - x).abs().max() <= eps + 1e-6 and adversarial.min() >= 0 and adversarial.max() <= 1
+@pytest.mark.parametrize("name", ["sign step", "scaled Jacobian", "random signs"])
+def test_an_attack_stays_within_eps_and_within_0_and_1(name, eps, steps):
+    x = torch.rand(3, 3, 8, 8)
+    x[0, :, :4] = 1.0
+    x[1, :, :4] = 0.0
+    target = torch.tensor([0, 1, 2])
+    attacked = saliency.all_attacks(small_network(), x, target, eps, steps)[name]
+    assert 0 < (attacked - x).abs().max() <= eps + 1e-6
+    assert attacked.min() >= 0 and attacked.max() <= 1
 
 
-def test_one_step_is_the_sign_and_several_steps_increase_the_loss_further():
-    model, x, target = small_network(), torch.rand(20, 3, 8, 8) * 0.5 + 0.25, torch.arange(20) % 6
-    gradient, _ = saliency.calculate_jacobian(model, x, target)
-    assert torch.allclose(saliency.adversarial_example(model, x, target, 0.1), x + 0.1 * gradient.sign(), atol=1e-6)
-    changed = [x, *(saliency.adversarial_example(model, x, target, 0.1, steps) for steps in (1, 10))]
-    losses = [F.cross_entropy(saliency.calculate_jacobian(model, x, target)[1], target).item() for x in changed]
-    assert losses[0] < losses[1] < losses[2]
+def test_ten_small_steps_increase_the_loss_further_than_one_large_step():
+    model = small_network()
+    x = torch.rand(20, 3, 8, 8)
+    target = torch.arange(20) % 6
+    losses = []
+    for steps in (1, 10):
+        attacked = saliency.adversarial_example(model, x, target, eps=0.1, steps=steps)
+        losses.append(F.cross_entropy(model.eval()(attacked), target).item())
+    assert losses[0] < losses[1]
 
 
-def test_resnet18_has_the_keys_shapes_and_sizes_of_torchvision():
-    """The checksum is that of torchvision 0.28: a line `name shape` for each entry of resnet18().state_dict()."""
+# --------------------------------------------------------------------------------------------------
+# saliency.py: images and measures
+INSIDE = {"cross": [(0, 0), (0.9, 0), (0, -0.9)], "bars": [(0, 0.52), (0.7, -0.52)],
+          "triangle": [(0, 0.43), (0.37, -0.21), (-0.37, -0.21)], "screw": [(0, 0.5), (0.7, -0.3)]}
+OUTSIDE = {"cross": [(0.5, 0.5), (1, 0)], "bars": [(0, 0), (0.9, 0.52), (0, -0.8)],
+           "triangle": [(0, 0), (0, 0.7), (0.6, -0.6)], "screw": [(0, 0), (0.8, 0.1), (0.7, 0.7)]}
+
+
+@pytest.mark.parametrize("name", saliency.CLASSES)
+def test_a_shape_covers_the_points_that_its_sentence_says(name):
+    shape = getattr(saliency, name)
+    for u, v in INSIDE[name]:
+        assert shape(torch.tensor(10.0 * u), torch.tensor(10.0 * v), 10) < 0, (u, v)
+    for u, v in OUTSIDE[name]:
+        assert shape(torch.tensor(10.0 * u), torch.tensor(10.0 * v), 10) > 0, (u, v)
+
+
+def test_the_coordinates_are_those_of_a_moved_and_rotated_shape():
+    """Of a shape at (10.5, 20.5), rotated by 90 degrees, the u-axis points down."""
+    u, v = saliency.coordinates(torch.tensor(10.5), torch.tensor(20.5), torch.tensor(math.pi / 2))
+    at_center = (u[0, 20, 10], v[0, 20, 10])
+    below = (u[0, 23, 10], v[0, 23, 10])                # three rows further down
+    assert torch.allclose(torch.stack(at_center), torch.tensor([0.0, 0.0]), atol=1e-5)
+    assert torch.allclose(torch.stack(below), torch.tensor([3.0, 0.0]), atol=1e-5)
+
+
+def test_an_upright_image_shows_the_shape_of_its_label():
+    _, labels, masks = saliency.make_images(40, upright=True)
+    center = torch.tensor(16.0).view(1, 1, 1)
+    u, v = saliency.coordinates(center, center, torch.zeros(1))
+    for label, mask in zip(labels, masks):
+        shape = getattr(saliency, saliency.CLASSES[label])
+        assert torch.equal(mask, shape(u, v, 9)[0] < 0)
+
+
+def test_in_each_color_the_shape_is_brighter_than_the_whole_background_or_darker():
+    images, _, masks = saliency.make_images(40)
+    near = saliency.within_two_pixels(masks).bool()     # pixels at the edge have mixed colors
+    for image, mask, not_background in zip(images, masks, near):
+        inside = -F.max_pool2d(-mask.float()[None], 3, stride=1, padding=1)[0] > 0
+        for channel in image:
+            shape = channel[inside]
+            background = channel[~not_background]
+            assert shape.min() > background.max() or shape.max() < background.min()
+
+
+def test_two_pixels_away_counts_as_near_and_three_do_not():
+    mask = torch.zeros(1, 9, 9, dtype=torch.bool)
+    mask[0, 4, 4] = True
+    expected = torch.zeros(1, 9, 9)
+    expected[0, 2:7, 2:7] = 1
+    assert torch.equal(saliency.within_two_pixels(mask), expected)
+
+
+def test_pointing_looks_at_the_most_salient_pixel():
+    masks = torch.zeros(4, 9, 9, dtype=torch.bool)
+    masks[:, 4, 4] = True
+    maps = torch.rand(4, 9, 9) * 0.9
+    maps[0, 4, 4] = maps[1, 4, 6] = maps[2, 3, 4] = maps[3, 4, 7] = 1.0
+    assert saliency.pointing_of(maps, masks) == (0.25, 0.75)
+
+
+def test_the_edge_detector_is_0_where_the_image_is_flat_and_largest_at_an_edge():
+    images = torch.zeros(2, 3, 8, 8)
+    images[0, :, :, 5:] = 0.7                           # a vertical edge
+    images[1, :, 5:, :] = 0.7                           # a horizontal edge
+    expected = torch.zeros(8, 8)
+    expected[:, 4:6] = 0.35 * math.sqrt(3)
+    assert torch.allclose(saliency.edge_map(images)[0], expected)
+    assert torch.allclose(saliency.edge_map(images)[1], expected.T)
+
+
+def test_where_the_image_is_flat_the_saliency_repeats_every_four_pixels():
+    x = torch.full((1, 3, 64, 64), 0.3)
+    gradient, _ = saliency.calculate_jacobian(saliency.small_resnet(4), x, torch.tensor([0]))
+    inner = saliency.saliency_map(gradient)[0, 20:44, 20:44]
+    assert torch.allclose(inner[4:, :], inner[:-4, :], atol=1e-4)
+    assert torch.allclose(inner[:, 4:], inner[:, :-4], atol=1e-4)
+    assert not torch.allclose(inner[2:, :], inner[:-2, :], atol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    """The shipped network, an untrained one, and 200 new images."""
+    torch.manual_seed(1)
+    model = saliency.load_model(os.path.join(HERE, "assets", "saliency.pt"))
+    return model, saliency.small_resnet(4), *saliency.make_images(200)
+
+
+@pytest.fixture(scope="module")
+def pointing(shapes):
+    return saliency.measure_pointing(*shapes)
+
+
+@pytest.fixture(scope="module")
+def attacked(shapes):
+    model, _, images, labels, _ = shapes
+    return saliency.compare_attacks(model, images[:100], labels[:100])
+
+
+def test_the_shipped_network_is_accurate(shapes):
+    model, _, images, labels, _ = shapes
+    assert saliency.accuracy_of(model, images, labels) >= 0.99
+
+
+def test_training_makes_saliency_point_at_the_shape(pointing):
+    _, trained = pointing["trained network"]
+    _, untrained = pointing["untrained network"]
+    assert trained >= 0.95 and trained > untrained + 0.2
+
+
+def test_half_of_the_most_salient_pixels_are_not_on_the_shape(pointing):
+    on_shape, _ = pointing["trained network"]
+    chance, _ = pointing["random pixel"]
+    assert 2 * chance < on_shape < 0.65
+
+
+def test_an_untrained_network_points_at_the_shape_more_often_than_chance(pointing):
+    _, untrained = pointing["untrained network"]
+    _, chance = pointing["random pixel"]
+    assert untrained > chance + 0.1
+
+
+def test_an_edge_detector_points_at_every_shape(pointing):
+    _, edges = pointing["edge detector"]
+    assert edges >= 0.99
+
+
+def test_at_8_of_255_the_sign_step_fools_most_then_the_scaled_jacobian_then_random_signs(attacked):
+    at_8 = {name: accuracies[saliency.EPS.index(8)] for name, accuracies in attacked.items()}
+    assert at_8["sign step"] < 0.8
+    assert at_8["sign step"] < at_8["scaled Jacobian"] <= at_8["random signs"]
+
+
+def test_a_larger_eps_fools_more(attacked):
+    assert attacked["sign step"] == sorted(attacked["sign step"], reverse=True)
+    assert attacked["sign step"][-1] < attacked["sign step"][0] - 0.5
+
+
+def test_the_unscaled_jacobian_fools_as_many_at_every_eps(attacked):
+    assert len(set(attacked["unscaled Jacobian"])) == 1
+
+
+def test_the_unscaled_jacobian_fools_the_images_with_a_large_gradient(shapes):
+    model, _, images, labels, _ = shapes
+    unscaled = saliency.all_attacks(model, images, labels, eps=0.01)["unscaled Jacobian"]
+    fooled = saliency.predict(model, unscaled).argmax(dim=1) != labels
+    _, _, largest = saliency.measure_gradient(model, images, labels)
+    assert fooled.any() and largest[fooled].min() > 4 / 255 and largest.median() < 1 / 255
+
+
+# --------------------------------------------------------------------------------------------------
+# saliency.py: the script, and photographs
+def test_a_short_training_saves_weights_and_three_figures(tmp_path):
+    options = ["--steps", 3, "--batch_size", 8, "--n_images", 40, "--out_dir", tmp_path]
+    values, output = run("saliency.py", *options)
+    loaded = saliency.load_model(tmp_path / "saliency.pt")
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, values["model"].state_dict()[name])
+    assert sorted(os.listdir(tmp_path)) == ["saliency.pt", "saliency_adversarial.png",
+                                            "saliency_mean.png", "saliency_samples.png"]
+    assert result_of(output)["params"] == 72_980
+
+
+def test_loading_the_weights_prints_the_same_numbers_as_training_them(tmp_path):
+    options = ["--steps", 3, "--batch_size", 8, "--n_images", 20, "--out_dir", tmp_path]
+    _, trained = run("saliency.py", *options)
+    _, loaded = run("saliency.py", "--load", tmp_path / "saliency.pt", *options)
+    before, after = result_of(trained), result_of(loaded)
+    del before["seconds"], after["seconds"]
+    assert before == after and trained.split("new images")[1][:2000] in trained
+    assert loaded.split("\n\n")[:3] == trained[trained.index("20 new images"):].split("\n\n")[:3]
+
+
+def test_resnet18_has_the_keys_and_shapes_of_torchvision():
+    """The checksum is that of torchvision 0.28: `name shape` for all of resnet18().state_dict()."""
     model = saliency.resnet18()
     lines = [f"{name} {tuple(value.shape)}" for name, value in model.state_dict().items()]
-    assert sum(p.numel() for p in model.parameters()) == 11_689_512 and len(lines) == 122
+    assert sum(p.numel() for p in model.parameters()) == 11_689_512
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == \
         "84fb10d9c6905a1cbb020b284537dc97c4f4ec55fb2a780a41152a23a2dd0e9d"
-    sizes = []
-    for module in (model.conv1, model.maxpool, model.layer1, model.layer2, model.layer3, model.layer4):
-        module.register_forward_hook(lambda module, x, y: sizes.append(tuple(y.shape[1:])))
+
+
+def test_resnet18_has_the_outputs_of_torchvision_with_equal_weights():
+    """The numbers are those of torchvision 0.28, for colors normalized as its weights ask."""
+    model = saliency.resnet18().eval()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            n = torch.arange(value.numel(), dtype=torch.float64).view(value.shape)
+            wave = torch.sin(n * n * 0.1 + len(name))
+            if value.ndim == 1:
+                value.copy_(1 + 0.5 * wave)
+            else:
+                value.copy_(2 * wave / math.sqrt(value[0].numel()))
+    x = torch.linspace(0, 1, 3 * 224 * 224).view(1, 3, 224, 224)
     with torch.no_grad():
-        assert model.eval()(torch.rand(1, 3, 224, 224)).shape == (1, 1000)
-    assert sizes == [(64, 112, 112), (64, 56, 56), (64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)]
+        logits = model(x)[0]
+    expected = [10.650976, 114.031876, -119.629089, 143.758896]
+    assert logits[:4].tolist() == pytest.approx(expected, rel=1e-3)
+    assert logits.std().item() == pytest.approx(117.16978, rel=1e-3)
+
+
+COLORS = (0.8, 0.4, 0.2)                                # red, green, blue
+
+
+def tiff_16(value):
+    """A gray TIFF file of 16 bits with 30 x 30 equal values."""
+    tags = [(256, 30), (257, 30), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 30),
+            (279, 1800)]
+    data = struct.pack("<H", value) * 900
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, number) for tag, number in tags)
+    return (b"II*\0" + struct.pack("<I", 8 + len(data)) + data
+            + struct.pack("<H", len(tags)) + directory + bytes(4))
+
+
+def image_file(name):
+    """The bytes of a 30 x 30 image in one color, and the color that is expected."""
+    pixels = torch.tensor(COLORS).expand(30, 30, 3)
+    buffer = io.BytesIO()
+    if name == "gray":
+        return b"P5 30 30 255\n" + bytes([51]) * 900, (0.2, 0.2, 0.2)
+    if name == "16-bit TIFF":
+        return tiff_16(13107), (0.2, 0.2, 0.2)          # 13107 / 65535
+    if name == "alpha":                                 # half of the color, half of white
+        pixels = torch.cat([pixels, torch.full((30, 30, 1), 0.5)], dim=2)
+        matplotlib.image.imsave(buffer, pixels.numpy(), format="png")
+        return buffer.getvalue(), (0.9, 0.7, 0.6)
+    matplotlib.image.imsave(buffer, pixels.numpy(), format=name)
+    return buffer.getvalue(), COLORS
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "txt"])
+@pytest.mark.parametrize("name", ["png", "jpeg", "gif", "tiff", "gray", "16-bit TIFF", "alpha"])
+def test_an_image_is_read_by_its_content_whatever_its_name(name, ending, tmp_path):
+    content, expected = image_file(name)                # a GIF has a palette
+    path = tmp_path / f"image.{ending}"
+    path.write_bytes(content)
+    image = saliency.read_image(path)
+    expected = torch.tensor(expected).view(3, 1, 1).expand(3, 224, 224)
+    assert torch.allclose(image, expected, atol=0.02)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_an_image_is_resized_to_256_and_its_center_is_kept(wide, tmp_path):
+    ramp = torch.linspace(0, 1, 400).expand(300, 400)   # dark left, bright right
+    pixels = torch.stack([ramp, ramp, ramp], dim=2)
+    if not wide:
+        pixels = pixels.transpose(0, 1).contiguous()
+    matplotlib.image.imsave(tmp_path / "ramp.png", pixels.numpy())
+    image = saliency.read_image(tmp_path / "ramp.png")
+    if not wide:
+        image = image.transpose(1, 2)
+    # 400 columns become 341, of which columns 58 to 281 are kept
+    expected = (torch.arange(58, 282) + 0.5) / 341
+    assert torch.allclose(image, expected.expand(3, 224, 224), atol=0.01)
+
+
+@pytest.mark.parametrize("name", ["missing.png", "folder", "text.png", "half.png"])
+def test_a_file_that_is_not_an_image_is_one_sentence(name, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.png").write_text("not an image")
+    content, _ = image_file("png")
+    (tmp_path / "half.png").write_bytes(content[:len(content) // 2])
+    with pytest.raises(SystemExit, match="cannot read .*: no such file, or not an image"):
+        saliency.read_image(tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def resnet_weights():
+    return saliency.resnet18().state_dict()
+
+
+@pytest.mark.parametrize("name", ["missing", "another network", "module. before every key",
+                                  "a checkpoint", "a pickled model", "a damaged file", "a text"])
+def test_weights_that_do_not_fit_are_one_sentence(name, resnet_weights, tmp_path):
+    path = tmp_path / "weights.pth"
+    if name == "another network":
+        torch.save(small_network().state_dict(), path)
+    if name == "module. before every key":
+        torch.save({f"module.{key}": value for key, value in resnet_weights.items()}, path)
+    if name == "a checkpoint":
+        torch.save({"epoch": 3, "state_dict": resnet_weights}, path)
+    if name == "a pickled model":
+        torch.save(small_network(), path)
+    if name == "a damaged file":
+        torch.save(resnet_weights, path)
+        os.truncate(path, 1_000_000)
+    if name == "a text":
+        path.write_text("<html>not found</html>")
+    with pytest.raises(SystemExit) as stop:
+        saliency.load_resnet18(path)
+    assert str(path) in stop.value.code and "\n" not in stop.value.code
+    assert "plain state_dict of torchvision's resnet18" in stop.value.code
 
 
 @pytest.fixture
-def script(tmp_path, monkeypatch):
-    """A copy of saliency.py that evaluates fewer images."""
-    (tmp_path / "saliency.py").write_text(read("saliency.py").replace("make_images(1000)", "make_images(120)"), "utf-8")
-    monkeypatch.syspath_prepend(HERE)
-    return tmp_path / "saliency.py"
+def photograph_files(resnet_weights, tmp_path, monkeypatch):
+    """A folder with resnet18.pth and photo.png, in which `download` writes files of our own."""
+    def download(url, path, sha256):
+        os.makedirs("data", exist_ok=True)
+        content = "\n".join(f"class {n}" for n in range(1000)).encode()
+        if path.endswith(".pth"):
+            content = (tmp_path / "resnet18.pth").read_bytes()
+        if path.endswith(".JPEG"):
+            content = (tmp_path / "photo.png").read_bytes()
+        with open(path, "wb") as file:
+            file.write(content)
 
-
-def test_the_shipped_network_is_accurate_points_at_the_shape_and_is_fooled(script, tmp_path):
-    path = os.path.join(HERE, "assets", "saliency.pt")
-    assert os.path.getsize(path) <= 200_000
-    values, output = run(script, "--load", path, "--out_dir", tmp_path / "out")
-    result = result_of(output)
-    assert result["accuracy"] >= 0.99 and result["pointing"] >= 0.95 > 0.8 > result["accuracy_attacked"]
-    sign, scaled, unscaled, noise = values["rows"][2]                    # eps = 8/255
-    assert sign < scaled < noise
-    assert {name[9:-4] for name in os.listdir(tmp_path / "out")} == {"accuracy", "samples", "adversarial"}
-
-
-def test_a_short_training_writes_weights_that_load(script, tmp_path):
-    values, output = run(script, "--steps", 12, "--batch_size", 16, "--out_dir", tmp_path)
-    model = saliency.small_resnet(5)
-    saliency.load_weights(model, tmp_path / "saliency.pt")
-    assert all(torch.equal(p, q.half().float()) for p, q in zip(model.parameters(), values["model"].parameters()))
-
-
-@pytest.mark.parametrize("shape", [(300, 400, 3), (40, 30, 3), (300, 400), (300, 257, 4)])
-def test_images_in_color_in_gray_and_with_alpha_are_read_as_224_by_224(shape, tmp_path):
-    pixels = torch.rand(shape) * 0.2 + 0.4
-    if shape[-1] == 4:
-        pixels[..., 3] = 0.0                                             # fully transparent: white
-    matplotlib.image.imsave(tmp_path / "image.png", pixels.numpy(), cmap="gray", vmin=0, vmax=1)
-    image = saliency.read_image(tmp_path / "image.png")
-    assert image.shape == (3, 224, 224) and (image[..., :3].mean() - (1.0 if shape[-1] == 4 else 0.5)).abs() < 0.1
-
-
-def test_photographs_with_weights_from_a_file_and_names_in_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    os.mkdir("data")
-    with open("data/imagenet_classes.txt", "w", encoding="utf-8") as file:
-        file.write("\n".join(f"name {n}" for n in range(1000)))
-    torch.save(saliency.resnet18().state_dict(), "resnet18.pth")
+    torch.save(resnet_weights, "resnet18.pth")
     matplotlib.image.imsave("photo.png", torch.rand(260, 300, 3).numpy())
-    _, output = run("saliency.py", "--weights", "resnet18.pth", "--image", "photo.png", "--out_dir", "out")
-    assert "photo.png: name " in output and set(result_of(output)) >= {"accuracy_attacked", "params", "seconds"}
-    assert sorted(os.listdir("out")) == ["saliency_photographs.png", "saliency_photographs_adversarial.png"]
+    monkeypatch.setattr(attention_script, "download", download)
+    monkeypatch.setattr(saliency, "download", download)
+    monkeypatch.setattr(saliency, "PHOTOGRAPHS", saliency.PHOTOGRAPHS[:1])
+
+
+def test_your_own_photographs_are_drawn_with_weights_from_a_file(photograph_files):
+    options = ["--weights", "resnet18.pth", "--image", "photo.png", "--out_dir", "out"]
+    _, output = run("saliency.py", *options)
+    assert "photo.png: class " in output
+    assert result_of(output)["accuracy"] == 1           # the predicted class is the label
+    assert sorted(os.listdir("out")) == ["saliency_photographs.png",
+                                         "saliency_photographs_adversarial.png"]
+
+
+def test_the_photographs_of_imagenet_have_labels(photograph_files, monkeypatch):
+    os.mkdir("out")
+    args = argparse.Namespace(weights="imagenet", image=None, eps=0.01, attack_steps=1,
+                              device="cpu", out_dir="out")
+    junco = F.one_hot(torch.tensor([13]), 1000)
+    monkeypatch.setattr(saliency, "predict", lambda model, images: junco)
+    assert saliency.photographs(args).startswith("accuracy=1.0000 ")
+
+
+def test_without_a_network_the_sentence_says_what_could_not_be_downloaded(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(SystemExit, match="cannot download https://.*junco.JPEG .*no network"):
+        run("saliency.py", "--weights", "imagenet", "--out_dir", "out")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
