@@ -42,14 +42,15 @@ from attention import download, parse_args, positive
 # --------------------------------------------------------------------------------------------------
 # The Jacobian of the loss
 #
-# The Jacobian of a function contains all its partial derivatives: a row for each output, a column
-# for each input. The loss is a single number, so its Jacobian has a single row, with one entry for
-# each value of the image: 3 colors * 32 * 32 pixels = 3,072 entries. This is the gradient of the
-# loss with respect to the image. If an entry is 5, then increasing that value of the image by 0.01
-# increases the loss by about 5 * 0.01 = 0.05.
+# The loss is the cross-entropy -log p(target), where p(target) is the probability that the network
+# gives to the right class: 0 for p = 1, and large for small p. The Jacobian of a function contains
+# all its partial derivatives: a row for each output, a column for each input. The loss is a single
+# number, so its Jacobian has a single row, with an entry for each value of the image: 3 colors *
+# 32 * 32 pixels = 3,072 entries. This is the gradient of the loss with respect to the image. If an
+# entry is 5, then increasing that value of the image by 0.01 increases the loss by about 0.05.
 #
 # Training uses the gradient with respect to the weights. Here the weights are fixed and the image
-# is the variable. Backpropagation does not care: it computes the derivative with respect to any
+# is the variable. Backpropagation can do both: it computes the derivative with respect to any
 # tensor that requires a gradient.
 #
 # Images are (B, 3, H, W): batch, colors (red, green, blue), rows, columns. Values are in [0, 1].
@@ -57,8 +58,8 @@ from attention import download, parse_args, positive
 def calculate_jacobian(model, x, target):
     """The gradient (B, 3, H, W) of the loss at the images x, and the logits (B, n_classes).
 
-    The loss is the cross-entropy with the classes `target` (B,). Each image gets its own gradient,
-    the same alone and in a batch. The model and x stay as they are.
+    `target` (B,) are the right classes. Each image gets its own gradient, the same alone and in a
+    batch. The model and x stay as they are.
     """
     x = x.detach().requires_grad_()                                         # (B, 3, H, W)
     logits = eval_logits(model, x)                                          # (B, n_classes)
@@ -106,8 +107,9 @@ def saliency_map(gradient):
     norm = scale_to_1(gradient).norm(dim=1)                                 # (B, H, W)
     low = norm.amin(dim=(1, 2), keepdim=True)                               # (B, 1, 1)
     high = norm.amax(dim=(1, 2), keepdim=True)                              # (B, 1, 1)
-    # clamp_min: a map that is the same everywhere becomes 0 instead of 0 / 0
-    return (norm - low) / (high - low).clamp_min(torch.finfo(norm.dtype).tiny)
+    # a map that is the same everywhere becomes 0 / tiny = 0 instead of 0 / 0
+    tiny = torch.finfo(norm.dtype).tiny
+    return (norm - low) / (high - low).clamp_min(tiny)
 
 
 def scale_to_1(gradient):
@@ -116,15 +118,17 @@ def scale_to_1(gradient):
     The gradient of a confident prediction can be 1e-30. Its square would be 0 in float32.
     """
     largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)              # (B, 1, 1, 1)
-    return gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)
+    tiny = torch.finfo(gradient.dtype).tiny
+    return gradient / largest.clamp_min(tiny)
 
 
 # --------------------------------------------------------------------------------------------------
 # Adversarial examples: which small change matters most?
 #
-# Let d be a change of the image in which no value changes by more than eps. For a small eps, the
-# loss increases by about sum(g * d), where g is the gradient. Each term g_i * d_i is largest if d_i
-# is eps where g_i is positive, and -eps where it is negative. So the best change is eps times the
+# To fool the network, change the image so that p(target) decreases, which means that the loss
+# increases. Let d be a change in which no value changes by more than eps. For a small eps, the loss
+# increases by about sum(g * d), where g is the gradient. Each term g_i * d_i is largest if d_i is
+# eps where g_i is positive, and -eps where it is negative. So the best change is eps times the
 # *sign* of the gradient, whatever its size. This is the fast gradient sign method (FGSM).
 #
 # An example with three values, g = (3, -1, 0.1):
@@ -134,13 +138,13 @@ def scale_to_1(gradient):
 #     scaled Jacobian      1, -0.33, 0.03      eps * (3 + 0.33 + 0.003)  = eps * 3.34
 #     random signs         +-1, +-1, +-1       0 on average, with standard deviation eps * 3.16
 #
-# The scaled Jacobian is g divided by its largest magnitude, so only one value changes by all of
-# eps. With L1 = sum of |g|, L2 = sqrt(sum of g^2) and Linf = max |g|, the three numbers at the end
-# are L1, L2^2 / Linf and L2.
+# The scaled Jacobian is eps * g / max |g|: only the largest entry of g uses all of eps. Random
+# signs show what a change of the same size does without the gradient. With L1 = sum of |g|,
+# L2 = sqrt(sum of g^2) and Linf = max |g|, the last numbers are L1, L2^2 / Linf and L2.
 #
 # With three values they are similar. But if all n values of g have the same magnitude a, then L1 is
 # n * a and L2 is only sqrt(n) * a. For n = 3,072 the sign step increases the loss by 55 times as
-# much as a typical random change: many changes too small to see add up.
+# much as typical random signs: many changes that are too small to see add up.
 #
 # What if we add the Jacobian as it is? The derivative of the loss with respect to the target's
 # logit is p(target) - 1. So the gradient is tiny if the network is confident and large if it is
@@ -148,8 +152,8 @@ def scale_to_1(gradient):
 def adversarial_example(model, x, target, eps, steps=1):
     """Images in [0, 1] within eps of x, after `steps` sign steps of eps / steps.
 
-    Each step is in the direction that increases the loss, so p(target) decreases. Each of several
-    steps computes the gradient again (Kurakin et al. 2017, https://arxiv.org/abs/1607.02533).
+    One step is FGSM. Several smaller steps increase the loss further, because each uses the
+    gradient at the place that it starts from (https://arxiv.org/abs/1607.02533).
     """
     adversarial = x.detach()                                                # (B, 3, H, W)
     for _ in range(steps):
@@ -245,9 +249,9 @@ def load_model(path):
 #     the first without the second   the maximum of the first and minus the second
 #     an outline of width w          |distance| - w / 2
 #
-# To move and rotate a shape, change the coordinates instead of the shape: u and v are the
-# coordinates of the pixels as seen from the shape, whose center is (0, 0). All functions draw n
-# images at once, so a random number for each image is a tensor (n, 1, 1).
+# To move, rotate and enlarge a shape, change the coordinates instead of the shape: u and v are the
+# coordinates of the pixels as seen from the shape, with its center at (0, 0) and its radius as the
+# unit. All functions draw n images at once, so a random number for each is a tensor (n, 1, 1).
 SIZE = 32
 CLASSES = ["cross", "triangle", "bars", "screw"]
 
@@ -277,38 +281,38 @@ def box(u, v, half_width, half_height):
     return torch.maximum(u.abs() - half_width, v.abs() - half_height)
 
 
-def cross(u, v, radius):
+def cross(u, v):
     """A horizontal and a vertical bar together."""
-    horizontal = box(u, v, 0.95 * radius, 0.24 * radius)
-    vertical = box(u, v, 0.24 * radius, 0.95 * radius)
+    horizontal = box(u, v, 0.95, 0.24)
+    vertical = box(u, v, 0.24, 0.95)
     return torch.minimum(horizontal, vertical)
 
 
-def triangle(u, v, radius):
+def triangle(u, v):
     """The outline of an equilateral triangle, which is where three half-planes overlap."""
-    bottom = v - 0.43 * radius                                              # v points down
-    left = -0.87 * u - 0.5 * v - 0.43 * radius                              # bottom, by 120 degrees
-    right = 0.87 * u - 0.5 * v - 0.43 * radius                              # and by 240 degrees
+    bottom = v - 0.43                                                       # v points down
+    left = -0.87 * u - 0.5 * v - 0.43                                       # rotated by 120 degrees
+    right = 0.87 * u - 0.5 * v - 0.43                                       # and by 240 degrees
     filled = torch.maximum(bottom, torch.maximum(left, right))
-    return filled.abs() - 0.17 * radius
+    return filled.abs() - 0.17
 
 
-def bars(u, v, radius):
+def bars(u, v):
     """Two parallel bars together, one above the other."""
-    upper = box(u, v + 0.52 * radius, 0.8 * radius, 0.22 * radius)
-    lower = box(u, v - 0.52 * radius, 0.8 * radius, 0.22 * radius)
+    upper = box(u, v + 0.52, 0.8, 0.22)
+    lower = box(u, v - 0.52, 0.8, 0.22)
     return torch.minimum(upper, lower)
 
 
-def screw(u, v, radius):
+def screw(u, v):
     """The head of a screw: a disc without the slot across it."""
-    slot = box(u, v, radius, 0.2 * radius)
-    return torch.maximum(disc(u, v, 0.85 * radius), -slot)
+    slot = box(u, v, 1.0, 0.2)
+    return torch.maximum(disc(u, v, 0.85), -slot)
 
 
 def paint(images, color, distance, opacity=1.0):
-    """Paint the color (n, 3, 1, 1) on the images where the distance (n, 32, 32) is negative."""
-    # The coverage goes from 1 to 0 over the width of a pixel, which makes slanted edges smooth.
+    """Paint the color (n, 3, 1, 1) where the distance in pixels (n, 32, 32) is negative."""
+    # The coverage falls from 1 to 0 over the width of a pixel, which makes slanted edges smooth.
     coverage = opacity * (0.5 - distance).clamp(0, 1)                       # (n, 32, 32)
     return images.lerp(color, coverage.unsqueeze(1))
 
@@ -324,9 +328,11 @@ def make_images(n, upright=False):
         center_x = uniform(n, 0, SIZE)
         center_y = uniform(n, 0, SIZE)
         width = uniform(n, 2, 8)
+        color = torch.rand(n, 3, 1, 1)
         u, v = coordinates(center_x, center_y, angle=torch.zeros(1))
-        blob = torch.exp(-(u ** 2 + v ** 2) / (2 * width ** 2))             # (n, 32, 32), in [0, 1]
-        images = images.lerp(torch.rand(n, 3, 1, 1), blob.unsqueeze(1))
+        distance = torch.hypot(u, v)                                        # (n, 32, 32)
+        blob = torch.exp(-0.5 * (distance / width) ** 2)                    # 1 at the center
+        images = images.lerp(color, blob.unsqueeze(1))
 
     # In each color channel, the shape is bright (0.75 to 1) and the background is not (at most
     # 0.55), or the shape is dark (0 to 0.25) and the background is not (at least 0.45).
@@ -342,7 +348,8 @@ def make_images(n, upright=False):
         u, v = coordinates(center_x, center_y, angle)
         half_length = uniform(n, 0.5, 3)
         half_width = uniform(n, 0.4, 0.8)
-        images = paint(images, color, box(u, v, half_length, half_width), opacity=0.3)
+        distance = box(u, v, half_length, half_width)
+        images = paint(images, color, distance, opacity=0.3)
 
     # The shape: compute the distances to all four, then take the one of the label
     radius = uniform(n, 6.5, 9)
@@ -350,19 +357,22 @@ def make_images(n, upright=False):
     center_y = uniform(n, 9, SIZE - 9)
     angle = uniform(n, 0, 2 * math.pi)
     if upright:
-        radius = torch.full((n, 1, 1), 9.0)
-        center_x = torch.full((n, 1, 1), SIZE / 2)
-        center_y = torch.full((n, 1, 1), SIZE / 2)
-        angle = torch.zeros(n, 1, 1)
+        radius.fill_(9)
+        center_x.fill_(SIZE / 2)
+        center_y.fill_(SIZE / 2)
+        angle.fill_(0)
     u, v = coordinates(center_x, center_y, angle)
-    labels = torch.randint(len(CLASSES), (n,))                              # (n,)
+    u = u / radius
+    v = v / radius
     distances = torch.stack([
-        cross(u, v, radius),
-        triangle(u, v, radius),
-        bars(u, v, radius),
-        screw(u, v, radius),
+        cross(u, v),
+        triangle(u, v),
+        bars(u, v),
+        screw(u, v),
     ])                                                                      # (4, n, 32, 32)
+    labels = torch.randint(len(CLASSES), (n,))                              # (n,)
     distance = distances[labels, torch.arange(n)]                           # (n, 32, 32)
+    distance = distance * radius                                            # in pixels
     images = paint(images, color, distance)
 
     noise = 0.02 * torch.randn(images.shape)
@@ -404,19 +414,19 @@ def edge_map(images):
     return torch.hypot(vertical, horizontal).norm(dim=1)
 
 
-# The number for the trained network means little alone. The table has four rows:
+# Pointing (within 2 pixels) means little without a comparison, so the table has four rows:
 #
 # - Trained network. The most salient pixel is nearly always within two pixels of the shape, but on
 #   it less than half of the time. Saliency shows where a *change* matters. Painting the slot of the
-#   screw would make it a disc, so the slot matters as much as the disc around it. In general, a
-#   shape is recognized by its edges, and an edge has two sides. saliency_mean.png shows where.
-# - Untrained network. It knows nothing, and still does better than chance. Where an image is flat,
+#   screw would make it a disc, so the slot matters as much as the metal. In general, shapes are
+#   recognized by their edges, and an edge has two sides. saliency_mean.png shows these places.
+# - Untrained network. It knows nothing, and is still better than chance. Where an image is flat,
 #   the same ReLUs are active everywhere, and the map repeats one pattern every four pixels (two
 #   convolutions with stride 2). At an edge other ReLUs are active, so the pattern changes, and the
 #   shape has the sharpest edges. So a map that shows the object does not prove that the network has
-#   learned something. Compare it with that of an untrained network (Adebayo et al. 2018, "Sanity
+#   learned anything. Compare it with the map of an untrained network (Adebayo et al. 2018, "Sanity
 #   Checks for Saliency Maps", https://arxiv.org/abs/1810.03292).
-# - Edge detector. It is always within two pixels, and cannot tell the classes apart. So pointing
+# - Edge detector. It cannot tell the classes apart, and is always within two pixels. So pointing
 #   measures whether a map finds the object, and not whether it explains the decision.
 # - Random pixel: chance. The shape covers a tenth of the image, and a quarter of the image is
 #   within two pixels of it.
@@ -424,11 +434,13 @@ def measure_pointing(model, untrained, images, labels, masks):
     """Print a table, and return it: {name: (on the shape, within two pixels)}."""
     gradient, _ = calculate_jacobian(model, images, labels)
     gradient_untrained, _ = calculate_jacobian(untrained, images, labels)
+    chance_on_shape = masks.float().mean().item()
+    chance_near_shape = within_two_pixels(masks).mean().item()
     table = {
         "trained network": pointing_of(saliency_map(gradient), masks),
         "untrained network": pointing_of(saliency_map(gradient_untrained), masks),
         "edge detector": pointing_of(edge_map(images), masks),
-        "random pixel": (masks.float().mean().item(), within_two_pixels(masks).mean().item()),
+        "random pixel": (chance_on_shape, chance_near_shape),
     }
     print("most salient pixel    on the shape    within 2 pixels")
     for name, (on_shape, near_shape) in table.items():
@@ -439,11 +451,10 @@ def measure_pointing(model, untrained, images, labels, masks):
 # --------------------------------------------------------------------------------------------------
 # What is measured (2): which change of the image fools the network?
 #
-# Why does adding the unscaled Jacobian fool the same few images at every eps? For most images its
-# largest entry is below 1/255, the precision of an image file. For a few, which the network is
-# unsure about, it is above 16/255, and these are fooled. At eps = 2/255 they are more than the sign
-# step fools, because the sign step changes each value by 2/255 only. The unscaled Jacobian is not a
-# stronger attack: it takes a larger step where a small one would do.
+# Why does adding the unscaled Jacobian fool the same few images at every eps? Its size does not
+# depend on eps. For most images its largest entry is below 1/255, the precision of an image file,
+# and nothing happens. For a few, which the network is unsure about, it is above 16/255, and these
+# are fooled. At eps = 2/255 the sign step fools fewer, because it may change a value by 2/255 only.
 EPS = [2, 4, 8, 16]  # in units of 1/255
 
 
@@ -457,12 +468,13 @@ def measure_gradient(model, images, labels):
     l2 = scaled.norm(dim=1)                                                 # (B,)
     ahead_of_random = (l1 / l2).median().item()
     ahead_of_scaled = (l1 / l2 ** 2).median().item()
-    print(f"to first order, the sign step increases the loss {ahead_of_random:.1f} times as much as")
-    print(f"random signs and {ahead_of_scaled:.1f} times as much as the scaled Jacobian (medians)")
+    print("how many times as much the sign step increases the loss, to first order (medians):")
+    print(f"{ahead_of_random:.1f} compared with random signs, "
+          f"{ahead_of_scaled:.1f} with the scaled Jacobian")
     below = (largest < 1 / 255).float().mean()
     above = (largest > 16 / 255).float().mean()
-    print(f"largest entry of the Jacobian: below 1/255 for {below:.4f} of the images,")
-    print(f"above 16/255 for {above:.4f}")
+    print(f"largest entry of the Jacobian: below 1/255 in {below:.4f} of the images, "
+          f"above 16/255 in {above:.4f}")
     return ahead_of_random, ahead_of_scaled, largest
 
 
@@ -508,18 +520,20 @@ def plot_samples(model, images, labels, titles, names, path):
     gradient, _ = calculate_jacobian(model, images, labels)
     saliency = saliency_map(gradient).cpu()                                 # (B, H, W)
     top = predict(model, images).topk(3, dim=1)             # .values and .indices, (B, 3) each
-    figure, axes = plt.subplots(len(images), 4, figsize=(9, 2.2 * len(images)), squeeze=False,
-                                layout="constrained")
-    for i in range(len(images)):
+    n = len(images)
+    figure, axes = plt.subplots(n, 4, figsize=(9, 2.2 * n), squeeze=False, layout="constrained")
+    for i in range(n):
         _show(axes[i, 0], images[i], titles[i])
         _show(axes[i, 1], saliency[i], "saliency", vmin=0, vmax=1)
 
         # saliency on the gray image, transparent where it is 0; a circle around the largest value
         gray = images[i].mean(dim=0)                                        # (H, W)
-        opacity = saliency[i].sqrt().numpy()
+        opacity = saliency[i].numpy()
         _show(axes[i, 2], gray, "", vmin=0, vmax=1, cmap="gray")
         _show(axes[i, 2], saliency[i], "most salient pixel", cmap="autumn", alpha=opacity)
-        row, column = divmod(saliency[i].argmax().item(), saliency.size(2))
+        best = saliency[i].argmax().item()
+        row = best // saliency.size(2)
+        column = best % saliency.size(2)
         axes[i, 2].scatter(column, row, s=60, facecolors="none", edgecolors="cyan")
 
         classes = [names[c] for c in top.indices[i].tolist()]
@@ -539,25 +553,26 @@ def plot_samples(model, images, labels, titles, names, path):
 
 def plot_mean_saliency(model, untrained, device, path):
     """The mean saliency map of each class, before and after training, for upright shapes."""
-    images, labels, masks = make_images(400, upright=True)
+    images, labels, masks = make_images(200, upright=True)
     figure, axes = plt.subplots(2, len(CLASSES), figsize=(9, 4.8), layout="constrained")
     for row, network, title in [(0, model, "trained"), (1, untrained, "untrained")]:
         gradient, _ = calculate_jacobian(network, images.to(device), labels.to(device))
-        saliency = saliency_map(gradient).cpu()                             # (400, H, W)
-        for c in range(len(CLASSES)):
-            of_class = labels == c                                          # (400,)
+        saliency = saliency_map(gradient).cpu()                             # (200, H, W)
+        for c, axis in enumerate(axes[row]):
+            of_class = labels == c                                          # (200,)
             mean = saliency[of_class].mean(dim=0)                           # (H, W)
-            outline = masks[of_class][0].float().numpy()                    # the same for all
-            _show(axes[row, c], mean, f"{CLASSES[c]}, {title}")
-            axes[row, c].contour(outline, levels=[0.5], colors="white", linewidths=0.8)
+            _show(axis, mean, f"{CLASSES[c]}, {title}")
+            # the outline of the shape; all masks of a class are equal
+            mask = masks[of_class][0].float().numpy()                       # (H, W)
+            axis.contour(mask, levels=[0.5], colors="white", linewidths=0.8)
     _save(figure, path)
 
 
 def plot_attacks(model, images, labels, names, eps, steps, path):
     """A row for each image: the image, then change and result of two attacks."""
     attacks = all_attacks(model, images, labels, eps, steps)
-    figure, axes = plt.subplots(len(images), 5, figsize=(9, 2.2 * len(images)), squeeze=False,
-                                layout="constrained")
+    n = len(images)
+    figure, axes = plt.subplots(n, 5, figsize=(9, 2.2 * n), squeeze=False, layout="constrained")
     _show_predictions(axes[:, 0], model, images, labels, names)
     for column, name in [(1, "sign step"), (3, "scaled Jacobian")]:
         attacked = attacks[name]
@@ -574,8 +589,10 @@ def _show_predictions(axes, model, images, labels, names):
     """An image on each axis. The title is the most probable class, in red if it is wrong."""
     best = predict(model, images).max(dim=1)                # .values and .indices, (B,) each
     for i, axis in enumerate(axes):
-        _show(axis, images[i], f"{names[best.indices[i]]} {best.values[i]:.3f}")
-        if best.indices[i] != labels[i]:
+        label = best.indices[i].item()
+        probability = best.values[i].item()
+        _show(axis, images[i], f"{names[label]} {probability:.3f}")
+        if label != labels[i]:
             axis.title.set_color("red")
 
 
@@ -781,7 +798,7 @@ if __name__ == "__main__":
 
     # Training loop, or trained weights
     if args.load:
-        model = load_model(args.load).to(args.device)
+        model = load_model(args.load).to(args.device, memory_format=torch.channels_last)
     else:
         model.train()
         for step in range(args.steps):
@@ -800,7 +817,7 @@ if __name__ == "__main__":
             optimizer.step()
             scheduler.step()
 
-            # log; the first two losses differ a little, because the logits do not start at 0
+            # log; the loss of step 0 is not quite uniform, because the first logits are not 0
             if step == 0:
                 print(f"step 0: loss {loss:.4f}, uniform prediction ln {len(CLASSES)} = "
                       f"{math.log(len(CLASSES)):.4f}")
