@@ -1,21 +1,27 @@
 """
-To which pixels is a network without attention most sensitive, and how is it fooled?
+Which pixels is a network without attention most sensitive to, and how can it be fooled?
 
-A convolutional network has no attention weights to plot, but we can compute the Jacobian of the loss with respect to
-the image. The loss is a scalar, so this is its gradient. Where it is large, a small change of the image matters most
-(saliency). A small step along its signs can fool the network (adversarial example).
+A convolutional network has no attention weights to look at. But we can ask of every pixel: if it
+changes a little, how much does the loss change? The answer is the Jacobian of the loss with respect
+to the image. Where it is large, the network is sensitive (saliency), and a small step along its
+signs can fool the network (adversarial example).
 
-The script draws its own images, simple shapes on a cluttered background, and trains a small ResNet on them. The
-pixels of each shape are known, so we can measure how often the most salient pixel is within two pixels of the shape
-(pointing). With --weights it draws two of the figures for photographs, with a ResNet-18 trained on ImageNet.
+This is in a repository about attention because the gradient is the implicit attention of the
+exercise: translate.py measures it against explicit attention weights where the right answer is
+known.
 
-$ python saliency.py --load assets/saliency.pt                      # trained weights: the figures in seconds
-$ python saliency.py                                                # train first, in less than a minute
-$ python saliency.py --weights imagenet                             # seven photographs, downloads 48 MB
+The script draws its own images, one simple shape on a cluttered background, and trains a small
+network to tell four shapes apart. We know which pixels belong to the shape, so we can measure how
+often the most salient pixel is on it or near it.
+
+$ python saliency.py --load assets/saliency.pt      # trained weights: all results in seconds
+$ python saliency.py                                # train first, in less than a minute
+$ python saliency.py --weights imagenet             # seven photographs, downloads 48 MB
 $ python saliency.py --weights imagenet --image a.jpg b.png         # your own photographs
 
-Simonyan et al. 2014, "Deep Inside Convolutional Networks", https://arxiv.org/abs/1312.6034 (saliency)
-Goodfellow et al. 2015, "Explaining and Harnessing Adversarial Examples", https://arxiv.org/abs/1412.6572 (sign step)
+Simonyan et al. 2014, "Deep Inside Convolutional Networks", https://arxiv.org/abs/1312.6034
+Goodfellow et al. 2015, "Explaining and Harnessing Adversarial Examples",
+https://arxiv.org/abs/1412.6572
 """
 
 import argparse
@@ -33,89 +39,572 @@ from torch import nn
 from attention import download, parse_args, positive
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The Jacobian, and what it is good for. Images are (B, 3, H, W) with values in [0, 1].
+# --------------------------------------------------------------------------------------------------
+# The Jacobian of the loss
+#
+# The loss is the cross-entropy -log p(target), where p(target) is the probability that the network
+# gives to the right class: 0 for p = 1, and large for small p. The Jacobian of a function contains
+# all its partial derivatives: a row for each output, a column for each input. The loss is a single
+# number, so its Jacobian has a single row, with an entry for each value of the image: 3 colors *
+# 32 * 32 pixels = 3,072 entries. This is the gradient of the loss with respect to the image. If an
+# entry is 5, then increasing that value of the image by 0.01 increases the loss by about 0.05.
+#
+# Training uses the gradient with respect to the weights. Here the weights are fixed and the image
+# is the variable. Backpropagation can do both: it computes the derivative with respect to any
+# tensor that requires a gradient.
+#
+# Images are (B, 3, H, W): batch, colors (red, green, blue), rows, columns. Values are in [0, 1].
 @torch.enable_grad()
 def calculate_jacobian(model, x, target):
-    """Gradient (B, 3, H, W) of the loss with respect to the images x (B, 3, H, W), and the logits (B, n_classes).
+    """The gradient (B, 3, H, W) of the loss at the images x, and the logits (B, n_classes).
 
-    The loss is the cross-entropy with `target` (B,), summed over images, and BatchNorm is in eval mode (in training
-    mode it mixes the images of a batch), so the gradient of an image is the same alone and in a batch.
+    `target` (B,) are the right classes. Each image gets its own gradient, the same alone and in a
+    batch. The model and x stay as they are.
     """
-    model = copy.deepcopy(model).eval()  # a copy, so the caller's model keeps its mode
     x = x.detach().requires_grad_()                                         # (B, 3, H, W)
-    logits = model(x)                                                       # (B, n_classes)
-    # The gradient with respect to the logits is softmax - one_hot. For a confident prediction float32 rounds the
-    # target's p - 1 to 0 once its logit leads by about 17, float64 by about 37. On the CPU because mps has no float64.
-    loss = F.cross_entropy(logits.cpu().double(), target.cpu(), reduction="sum")
-    gradient = torch.autograd.grad(loss, x)[0]                              # (B, 3, H, W)
+    logits = eval_logits(model, x)                                          # (B, n_classes)
+    # Only one term of this sum depends on image i: its own loss. So the gradient of the sum with
+    # respect to image i is the gradient of its own loss.
+    loss = cross_entropy(logits, target).sum()
+    gradient, = torch.autograd.grad(loss, x)                                # (B, 3, H, W)
     return gradient, logits.detach()
 
 
+def eval_logits(model, x):
+    """The logits (B, n_classes) for the images x, in eval mode. The model keeps its mode.
+
+    In training mode, BatchNorm computes mean and variance from the batch, so every image would
+    influence the others. In eval mode it uses averages that it collected during training.
+    """
+    modes = [module.training for module in model.modules()]
+    model.eval()
+    logits = model(x)                                                       # (B, n_classes)
+    for module, training in zip(model.modules(), modes):
+        module.training = training
+    return logits
+
+
+def cross_entropy(logits, target):
+    """The loss -log p(target) of each image, (B,). Its gradient is exact even if p is nearly 1.
+
+    F.cross_entropy computes its gradient from p - 1, which float32 rounds to 0 if p is within 6e-8
+    of 1. Write softmax as p = 1 / (1 + e^z), where z is the log of the sum of e^logit over the
+    other classes, minus the target's logit. Then the loss is log(1 + e^z), which is softplus(z).
+    """
+    is_target = F.one_hot(target, logits.size(1)).bool()                    # (B, n_classes)
+    others = logits.masked_fill(is_target, -math.inf).logsumexp(dim=1)      # (B,)
+    return F.softplus(others - logits[is_target])                           # (B,)
+
+
+# --------------------------------------------------------------------------------------------------
+# Saliency: where does a small change matter most?
+#
+# The gradient has three numbers for each pixel, one for each color. Saliency is the length of this
+# vector: it shows where a change matters, but not in which direction. (Simonyan et al. take the
+# maximum over colors, and the gradient of the target's logit instead of the loss.)
 def saliency_map(gradient):
-    """Gradient (B, 3, H, W) -> saliency (B, H, W): L2 norm over colors (Simonyan: maximum), rescaled to [0, 1]."""
-    red, green, blue = gradient.unbind(dim=1)                               # (B, H, W) each
-    norm = torch.hypot(torch.hypot(red, green), blue)  # hypot: the squares of tiny gradients would be 0
-    low, high = norm.amin(dim=(1, 2), keepdim=True), norm.amax(dim=(1, 2), keepdim=True)    # (B, 1, 1)
-    return (norm - low) / (high - low).clamp_min(torch.finfo(norm.dtype).tiny)              # (B, H, W)
+    """Gradient (B, 3, H, W) -> saliency (B, H, W): L2 norm over colors, rescaled to [0, 1]."""
+    norm = scale_to_1(gradient).norm(dim=1)                                 # (B, H, W)
+    low = norm.amin(dim=(1, 2), keepdim=True)                               # (B, 1, 1)
+    high = norm.amax(dim=(1, 2), keepdim=True)                              # (B, 1, 1)
+    # a map that is the same everywhere becomes 0 / tiny = 0 instead of 0 / 0
+    tiny = torch.finfo(norm.dtype).tiny
+    return (norm - low) / (high - low).clamp_min(tiny)
 
 
+def scale_to_1(gradient):
+    """Divide each image's gradient (B, 3, H, W) by its largest magnitude, which becomes 1.
+
+    The gradient of a confident prediction can be 1e-30. Its square would be 0 in float32.
+    """
+    largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)              # (B, 1, 1, 1)
+    tiny = torch.finfo(gradient.dtype).tiny
+    return gradient / largest.clamp_min(tiny)
+
+
+# --------------------------------------------------------------------------------------------------
+# Adversarial examples: which small change matters most?
+#
+# To fool the network, change the image so that p(target) decreases, which means that the loss
+# increases. Let d be a change in which no value changes by more than eps. For a small eps, the loss
+# increases by about sum(g * d), where g is the gradient. Each term g_i * d_i is largest if d_i is
+# eps where g_i is positive, and -eps where it is negative. So the best change is eps times the
+# *sign* of the gradient, whatever its size. This is the fast gradient sign method (FGSM).
+#
+# An example with three values, g = (3, -1, 0.1):
+#
+#                          d / eps             the loss increases by about
+#     sign step            1, -1, 1            eps * (3 + 1 + 0.1)       = eps * 4.1
+#     scaled Jacobian      1, -0.33, 0.03      eps * (3 + 0.33 + 0.003)  = eps * 3.34
+#     random signs         +-1, +-1, +-1       0 on average, with standard deviation eps * 3.16
+#
+# The scaled Jacobian is eps * g / max |g|: only the largest entry of g uses all of eps. Random
+# signs show what a change of the same size does without the gradient. With L1 = sum of |g|,
+# L2 = sqrt(sum of g^2) and Linf = max |g|, the last numbers are L1, L2^2 / Linf and L2.
+#
+# With three values they are similar. But if all n values of g have the same magnitude a, then L1 is
+# n * a and L2 is only sqrt(n) * a. For n = 3,072 the sign step increases the loss by 55 times as
+# much as typical random signs: many changes that are too small to see add up.
+#
+# What if we add the Jacobian as it is? The derivative of the loss with respect to the target's
+# logit is p(target) - 1. So the gradient is tiny if the network is confident and large if it is
+# not. The size of the change depends on that, and not on eps.
 def adversarial_example(model, x, target, eps, steps=1):
-    """Images in [0, 1] within eps of x, after `steps` sign steps of eps / steps that increase the loss.
+    """Images in [0, 1] within eps of x, after `steps` sign steps of eps / steps.
 
-    One step is the fast gradient sign method (FGSM, Goodfellow et al. 2015); several recompute the gradient on the way.
+    One step is FGSM. Several smaller steps increase the loss further, because each uses the
+    gradient at the place that it starts from (https://arxiv.org/abs/1607.02533).
     """
     adversarial = x.detach()                                                # (B, 3, H, W)
     for _ in range(steps):
         gradient, _ = calculate_jacobian(model, adversarial, target)        # (B, 3, H, W)
-        adversarial = (adversarial + eps / steps * gradient.sign()).clamp(0, 1)
+        adversarial = adversarial + eps / steps * gradient.sign()
+        adversarial = adversarial.clamp(0, 1)
     return adversarial
 
 
-# Why the sign? To first order, a change d of the image adds sum(g * d) to the loss, with g the gradient. Let
-# L1 = sum |g|, L2 = sqrt(sum g^2) and Linf = max |g|. If no value may change by more than eps, then
-#
-#     sign step          d = eps * sign(g)      adds eps * L1             the maximum: every value changes by eps
-#     scaled Jacobian    d = eps * g / Linf     adds eps * L2^2 / Linf    only the largest entry changes by eps
-#     random signs       d = eps * (+1 or -1)   adds 0 on average, with standard deviation eps * L2
-#
-# and L1 >= L2^2 / Linf >= L2. If all n = 3 * H * W entries of g have the same magnitude, L1 = sqrt(n) * L2: the larger
-# the image, the larger the lead over random signs. The unscaled Jacobian is tiny if p(target) is close to 1.
-
-
-def all_attacks(model, x, target, eps, steps):
-    """Four attacks, {name: images}. All but the unscaled Jacobian change a value by at most eps."""
+def all_attacks(model, x, target, eps, steps=1):
+    """The four attacks, {name: images (B, 3, H, W)}. Only the unscaled Jacobian can exceed eps."""
     gradient, _ = calculate_jacobian(model, x, target)                      # (B, 3, H, W)
-    largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)  # (B, 1, 1, 1)
-    return {"sign step": adversarial_example(model, x, target, eps, steps),
-            "scaled Jacobian": (x + eps * gradient / largest).clamp(0, 1),
-            "unscaled Jacobian": (x + gradient).clamp(0, 1),
-            "random signs": (x + eps * torch.randn_like(x).sign()).clamp(0, 1)}
+    scaled = eps * scale_to_1(gradient)
+    random = eps * torch.randn_like(x).sign()
+    return {
+        "sign step": adversarial_example(model, x, target, eps, steps),
+        "scaled Jacobian": (x + scaled).clamp(0, 1),
+        "unscaled Jacobian": (x + gradient).clamp(0, 1),
+        "random signs": (x + random).clamp(0, 1),
+    }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The network, with torchvision's names, so that its ResNet-18 weights load
+# --------------------------------------------------------------------------------------------------
+# The network
+#
+# A small ResNet (He et al. 2016, https://arxiv.org/abs/1512.03385). A convolution computes each
+# pixel of its output from a 3 x 3 square of its input, with the same weights everywhere. BatchNorm
+# brings each channel to mean 0 and variance 1, then learns another mean and variance. A residual
+# connection adds the input of a block to its output, so that gradients get through deep networks.
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a residual connection: (B, c_in, H, W) -> (B, c_out, H / stride, W / stride)."""
+    """Two convolutions, residual connection: (B, c_in, H, W) -> (B, c_out, H/stride, W/stride)."""
 
     def __init__(self, c_in, c_out, stride=1):
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
+        # where the output has another shape than the input, a 1 x 1 convolution adapts the input
         self.downsample = None
-        if stride != 1 or c_in != c_out:  # the input needs the output's shape to be added to it
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+        if stride != 1 or c_in != c_out:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False),
+                nn.BatchNorm2d(c_out),
+            )
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))                                 # (B, c_out, H / stride, W / stride)
-        y = self.bn2(self.conv2(y))                                         # (B, c_out, H / stride, W / stride)
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+        residual = x
+        if self.downsample is not None:
+            residual = self.downsample(x)                                   # (B, c_out, H', W')
+        y = F.relu(self.bn1(self.conv1(x)))                                 # (B, c_out, H', W')
+        y = self.bn2(self.conv2(y))                                         # (B, c_out, H', W')
+        return F.relu(y + residual)
 
 
+def small_resnet(n_classes):
+    """A network for images (B, 3, 32, 32), with 72,980 parameters for 4 classes."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),                         # (B, 16, 32, 32)
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        BasicBlock(16, 32, stride=2),                                       # (B, 32, 16, 16)
+        BasicBlock(32, 64, stride=2),                                       # (B, 64, 8, 8)
+        nn.AdaptiveAvgPool2d(1),                                            # (B, 64, 1, 1)
+        nn.Flatten(),                                                       # (B, 64)
+        nn.Linear(64, n_classes),                                           # (B, n_classes)
+    )
+
+
+def load_model(path):
+    """The small network with weights that this script saved."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model = small_resnet(*saved["sizes"])
+        model.load_state_dict(saved["weights"])
+        steps = saved["steps"]
+    except Exception as error:                      # torch.load can fail in many ways
+        sys.exit(f"cannot load {path} ({type(error).__name__}): "
+                 "--load needs weights that saliency.py saved")
+    print(f"weights from {path}, trained for {steps} steps", file=sys.stderr)
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# Images: how to draw with signed distances
+#
+# The signed distance of a pixel to a shape is negative inside, 0 at the edge and positive outside.
+# For a disc, it is the distance to the center minus the radius. To draw a shape, compute the signed
+# distance of every pixel, and paint the pixels where it is negative. Shapes can be combined:
+#
+#     both shapes together           the minimum of the two distances
+#     where two shapes overlap       the maximum of the two distances
+#     the first without the second   the maximum of the first and minus the second
+#     an outline of width w          |distance| - w / 2
+#
+# To move, rotate and enlarge a shape, change the coordinates instead of the shape: u and v are the
+# coordinates of the pixels as seen from the shape, with its center at (0, 0) and its radius as the
+# unit. All functions draw n images at once, so a random number for each is a tensor (n, 1, 1).
+SIZE = 32
+CLASSES = ["cross", "triangle", "bars", "screw"]
+
+
+def uniform(n, low, high):
+    """A random number between low and high for each image, (n, 1, 1)."""
+    return low + (high - low) * torch.rand(n, 1, 1)
+
+
+def coordinates(center_x, center_y, angle):
+    """The coordinates u and v of all pixels, (n, 32, 32), as seen from a shape at this place."""
+    pixels = torch.arange(SIZE) + 0.5                                       # centers of the pixels
+    x = pixels.view(1, 1, SIZE) - center_x                                  # (n, 1, 32)
+    y = pixels.view(1, SIZE, 1) - center_y                                  # (n, 32, 1)
+    u = x * torch.cos(angle) + y * torch.sin(angle)                         # (n, 32, 32)
+    v = y * torch.cos(angle) - x * torch.sin(angle)
+    return u, v
+
+
+def disc(u, v, radius):
+    """Signed distance to a disc: the distance to its center minus its radius."""
+    return torch.hypot(u, v) - radius
+
+
+def box(u, v, half_width, half_height):
+    """Signed distance to a rectangle: inside, both |u| and |v| are below a limit."""
+    return torch.maximum(u.abs() - half_width, v.abs() - half_height)
+
+
+def cross(u, v):
+    """A horizontal and a vertical bar together."""
+    horizontal = box(u, v, 0.95, 0.24)
+    vertical = box(u, v, 0.24, 0.95)
+    return torch.minimum(horizontal, vertical)
+
+
+def triangle(u, v):
+    """The outline of an equilateral triangle, which is where three half-planes overlap."""
+    bottom = v - 0.43                                                       # v points down
+    left = -0.87 * u - 0.5 * v - 0.43                                       # rotated by 120 degrees
+    right = 0.87 * u - 0.5 * v - 0.43                                       # and by 240 degrees
+    filled = torch.maximum(bottom, torch.maximum(left, right))
+    return filled.abs() - 0.17
+
+
+def bars(u, v):
+    """Two parallel bars together, one above the other."""
+    upper = box(u, v + 0.52, 0.8, 0.22)
+    lower = box(u, v - 0.52, 0.8, 0.22)
+    return torch.minimum(upper, lower)
+
+
+def screw(u, v):
+    """The head of a screw: a disc without the slot across it."""
+    slot = box(u, v, 1.0, 0.2)
+    return torch.maximum(disc(u, v, 0.85), -slot)
+
+
+def paint(images, color, distance, opacity=1.0):
+    """Paint the color (n, 3, 1, 1) where the distance in pixels (n, 32, 32) is negative."""
+    # The coverage falls from 1 to 0 over the width of a pixel, which makes slanted edges smooth.
+    coverage = opacity * (0.5 - distance).clamp(0, 1)                       # (n, 32, 32)
+    return images.lerp(color, coverage.unsqueeze(1))
+
+
+def make_images(n, upright=False):
+    """n random images (n, 3, 32, 32), labels (n,), and masks (n, 32, 32), True on the shape.
+
+    With `upright`, every shape is in the center, not rotated, and of the largest radius.
+    """
+    # Background: a random color, with six soft blobs of other colors
+    images = torch.rand(n, 3, 1, 1).expand(n, 3, SIZE, SIZE)
+    for _ in range(6):
+        center_x = uniform(n, 0, SIZE)
+        center_y = uniform(n, 0, SIZE)
+        width = uniform(n, 2, 8)
+        color = torch.rand(n, 3, 1, 1)
+        u, v = coordinates(center_x, center_y, angle=torch.zeros(1))
+        distance = torch.hypot(u, v)                                        # (n, 32, 32)
+        blob = torch.exp(-0.5 * (distance / width) ** 2)                    # 1 at the center
+        images = images.lerp(color, blob.unsqueeze(1))
+
+    # In each color channel, the shape is bright (0.75 to 1) and the background is not (at most
+    # 0.55), or the shape is dark (0 to 0.25) and the background is not (at least 0.45).
+    bright = torch.randint(2, (n, 3, 1, 1))
+    images = 0.55 * images + 0.45 * (1 - bright)
+    color = 0.75 * bright + 0.25 * torch.rand(n, 3, 1, 1)
+
+    # Four faint strokes of the same color, so that color alone does not give the shape away
+    for _ in range(4):
+        center_x = uniform(n, 0, SIZE)
+        center_y = uniform(n, 0, SIZE)
+        angle = uniform(n, 0, math.pi)
+        u, v = coordinates(center_x, center_y, angle)
+        half_length = uniform(n, 0.5, 3)
+        half_width = uniform(n, 0.4, 0.8)
+        distance = box(u, v, half_length, half_width)
+        images = paint(images, color, distance, opacity=0.3)
+
+    # The shape: compute the distances to all four, then take the one of the label
+    radius = uniform(n, 6.5, 9)
+    center_x = uniform(n, 9, SIZE - 9)
+    center_y = uniform(n, 9, SIZE - 9)
+    angle = uniform(n, 0, 2 * math.pi)
+    if upright:
+        radius.fill_(9)
+        center_x.fill_(SIZE / 2)
+        center_y.fill_(SIZE / 2)
+        angle.fill_(0)
+    u, v = coordinates(center_x, center_y, angle)
+    u = u / radius
+    v = v / radius
+    distances = torch.stack([
+        cross(u, v),
+        triangle(u, v),
+        bars(u, v),
+        screw(u, v),
+    ])                                                                      # (4, n, 32, 32)
+    labels = torch.randint(len(CLASSES), (n,))                              # (n,)
+    distance = distances[labels, torch.arange(n)]                           # (n, 32, 32)
+    distance = distance * radius                                            # in pixels
+    images = paint(images, color, distance)
+
+    noise = 0.02 * torch.randn(images.shape)
+    images = (images + noise).clamp(0, 1)
+    return images, labels, distance < 0
+
+
+# --------------------------------------------------------------------------------------------------
+# What is measured (1): does the network see the shape, and does saliency point at it?
+@torch.no_grad()
+def predict(model, images):
+    """Probabilities (B, n_classes)."""
+    return eval_logits(model, images).softmax(dim=1)
+
+
+def accuracy_of(model, images, labels):
+    """Fraction of the images whose most probable class is the label."""
+    correct = predict(model, images).argmax(dim=1) == labels                # (B,)
+    return correct.float().mean().item()
+
+
+def within_two_pixels(masks):
+    """Masks (B, H, W) that are 1 at most two pixels from the shape, diagonally too, else 0."""
+    # the maximum over the 5 x 5 square around each pixel
+    return F.max_pool2d(masks.float(), kernel_size=5, stride=1, padding=2)
+
+
+def pointing_of(saliency, masks):
+    """How often the most salient pixel is on the shape, and within two pixels of it."""
+    best = saliency.flatten(1).argmax(dim=1, keepdim=True)                  # (B, 1)
+    on_shape = masks.float().flatten(1).gather(1, best)                     # (B, 1)
+    near_shape = within_two_pixels(masks).flatten(1).gather(1, best)        # (B, 1)
+    return on_shape.mean().item(), near_shape.mean().item()
+
+
+def edge_map(images):
+    """How fast the colors change at each pixel, (B, H, W): an edge detector."""
+    vertical, horizontal = torch.gradient(images, dim=(2, 3))               # (B, 3, H, W) each
+    return torch.hypot(vertical, horizontal).norm(dim=1)
+
+
+# Pointing (within 2 pixels) means little without a comparison, so the table has four rows:
+#
+# - Trained network. The most salient pixel is nearly always within two pixels of the shape, but on
+#   it less than half of the time. Saliency shows where a *change* matters. Painting the slot of the
+#   screw would make it a disc, so the slot matters as much as the metal. In general, shapes are
+#   recognized by their edges, and an edge has two sides. saliency_mean.png shows these places.
+# - Untrained network. It knows nothing, and is still better than chance. Where an image is flat,
+#   the same ReLUs are active everywhere, and the map repeats one pattern every four pixels (two
+#   convolutions with stride 2). At an edge other ReLUs are active, so the pattern changes, and the
+#   shape has the sharpest edges. So a map that shows the object does not prove that the network has
+#   learned anything. Compare it with the map of an untrained network (Adebayo et al. 2018, "Sanity
+#   Checks for Saliency Maps", https://arxiv.org/abs/1810.03292).
+# - Edge detector. It cannot tell the classes apart, and is always within two pixels. So pointing
+#   measures whether a map finds the object, and not whether it explains the decision.
+# - Random pixel: chance. The shape covers a tenth of the image, and a quarter of the image is
+#   within two pixels of it.
+def measure_pointing(model, untrained, images, labels, masks):
+    """Print a table, and return it: {name: (on the shape, within two pixels)}."""
+    gradient, _ = calculate_jacobian(model, images, labels)
+    gradient_untrained, _ = calculate_jacobian(untrained, images, labels)
+    chance_on_shape = masks.float().mean().item()
+    chance_near_shape = within_two_pixels(masks).mean().item()
+    table = {
+        "trained network": pointing_of(saliency_map(gradient), masks),
+        "untrained network": pointing_of(saliency_map(gradient_untrained), masks),
+        "edge detector": pointing_of(edge_map(images), masks),
+        "random pixel": (chance_on_shape, chance_near_shape),
+    }
+    print("most salient pixel    on the shape    within 2 pixels")
+    for name, (on_shape, near_shape) in table.items():
+        print(f"{name:18}{on_shape:16.4f}{near_shape:19.4f}")
+    return table
+
+
+# --------------------------------------------------------------------------------------------------
+# What is measured (2): which change of the image fools the network?
+#
+# Why does adding the unscaled Jacobian fool the same few images at every eps? Its size does not
+# depend on eps. For most images its largest entry is below 1/255, the precision of an image file,
+# and nothing happens. For a few, which the network is unsure about, it is above 16/255, and these
+# are fooled. At eps = 2/255 the sign step fools fewer, because it may change a value by 2/255 only.
+EPS = [2, 4, 8, 16]  # in units of 1/255
+
+
+def measure_gradient(model, images, labels):
+    """Print and return medians of L1 / L2 and L1 * Linf / L2^2, and the largest entries, (B,)."""
+    gradient, _ = calculate_jacobian(model, images, labels)
+    largest = gradient.abs().amax(dim=(1, 2, 3))                            # (B,)
+    # Both ratios do not depend on the scale of the gradient. After scale_to_1, Linf is 1.
+    scaled = scale_to_1(gradient).flatten(1)                                # (B, 3 * H * W)
+    l1 = scaled.abs().sum(dim=1)                                            # (B,)
+    l2 = scaled.norm(dim=1)                                                 # (B,)
+    ahead_of_random = (l1 / l2).median().item()
+    ahead_of_scaled = (l1 / l2 ** 2).median().item()
+    print("how many times as much the sign step increases the loss, to first order (medians):")
+    print(f"{ahead_of_random:.1f} compared with random signs, "
+          f"{ahead_of_scaled:.1f} with the scaled Jacobian")
+    below = (largest < 1 / 255).float().mean()
+    above = (largest > 16 / 255).float().mean()
+    print(f"largest entry of the Jacobian: below 1/255 in {below:.4f} of the images, "
+          f"above 16/255 in {above:.4f}")
+    return ahead_of_random, ahead_of_scaled, largest
+
+
+def compare_attacks(model, images, labels, steps=1):
+    """Print the accuracy under each attack for each eps; return it as {name: [accuracy, ...]}."""
+    names = ["sign step", "scaled Jacobian", "unscaled Jacobian", "random signs"]
+    table = {name: [] for name in names}
+    print("accuracy eps", end="")
+    for name in names:
+        print(f"{name:>19}", end="")
+    print()
+    for eps in EPS:
+        attacks = all_attacks(model, images, labels, eps / 255, steps)
+        print(f"{eps:8}/255", end="")
+        for name in names:
+            accuracy = accuracy_of(model, attacks[name], labels)
+            table[name].append(accuracy)
+            print(f"{accuracy:19.4f}", end="")
+        print(flush=True)
+    return table
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+def _show(axis, image, title, **options):
+    """Draw an image (3, H, W) or a map (H, W)."""
+    if image.ndim == 3:
+        image = image.permute(1, 2, 0)                                      # (H, W, 3)
+    axis.imshow(image.cpu().numpy(), **options)
+    axis.set_title(title, fontsize=8, parse_math=False)
+    axis.set_axis_off()
+
+
+def _save(figure, path):
+    """Write the figure to a file."""
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(f"saved {path}")
+
+
+def plot_samples(model, images, labels, titles, names, path):
+    """A row for each image: the image, its saliency, both, and the three most probable classes."""
+    gradient, _ = calculate_jacobian(model, images, labels)
+    saliency = saliency_map(gradient).cpu()                                 # (B, H, W)
+    top = predict(model, images).topk(3, dim=1)             # .values and .indices, (B, 3) each
+    n = len(images)
+    figure, axes = plt.subplots(n, 4, figsize=(9, 2.2 * n), squeeze=False, layout="constrained")
+    for i in range(n):
+        _show(axes[i, 0], images[i], titles[i])
+        _show(axes[i, 1], saliency[i], "saliency", vmin=0, vmax=1)
+
+        # saliency on the gray image, transparent where it is 0; a circle around the largest value
+        gray = images[i].mean(dim=0)                                        # (H, W)
+        opacity = saliency[i].numpy()
+        _show(axes[i, 2], gray, "", vmin=0, vmax=1, cmap="gray")
+        _show(axes[i, 2], saliency[i], "most salient pixel", cmap="autumn", alpha=opacity)
+        best = saliency[i].argmax().item()
+        row = best // saliency.size(2)
+        column = best % saliency.size(2)
+        axes[i, 2].scatter(column, row, s=60, facecolors="none", edgecolors="cyan")
+
+        classes = [names[c] for c in top.indices[i].tolist()]
+        probabilities = top.values[i].tolist()
+        container = axes[i, 3].barh([2, 1, 0], probabilities, tick_label=classes)
+        axes[i, 3].bar_label(container, fmt="%.3f", fontsize=8, padding=2)
+        axes[i, 3].set_title("probability", fontsize=8)
+        axes[i, 3].set(xlim=(0, 1.3), xticks=[0, 0.5, 1])
+        axes[i, 3].tick_params(labelsize=8)
+
+        print(f"{titles[i]}:", end="")
+        for name, probability in zip(classes, probabilities):
+            print(f" {name} {probability:.3f}", end="")
+        print()
+    _save(figure, path)
+
+
+def plot_mean_saliency(model, untrained, device, path):
+    """The mean saliency map of each class, before and after training, for upright shapes."""
+    images, labels, masks = make_images(200, upright=True)
+    figure, axes = plt.subplots(2, len(CLASSES), figsize=(9, 4.8), layout="constrained")
+    for row, network, title in [(0, model, "trained"), (1, untrained, "untrained")]:
+        gradient, _ = calculate_jacobian(network, images.to(device), labels.to(device))
+        saliency = saliency_map(gradient).cpu()                             # (200, H, W)
+        for c, axis in enumerate(axes[row]):
+            of_class = labels == c                                          # (200,)
+            mean = saliency[of_class].mean(dim=0)                           # (H, W)
+            _show(axis, mean, f"{CLASSES[c]}, {title}")
+            # the outline of the shape; all masks of a class are equal
+            mask = masks[of_class][0].float().numpy()                       # (H, W)
+            axis.contour(mask, levels=[0.5], colors="white", linewidths=0.8)
+    _save(figure, path)
+
+
+def plot_attacks(model, images, labels, names, eps, steps, path):
+    """A row for each image: the image, then change and result of two attacks."""
+    attacks = all_attacks(model, images, labels, eps, steps)
+    n = len(images)
+    figure, axes = plt.subplots(n, 5, figsize=(9, 2.2 * n), squeeze=False, layout="constrained")
+    _show_predictions(axes[:, 0], model, images, labels, names)
+    for column, name in [(1, "sign step"), (3, "scaled Jacobian")]:
+        attacked = attacks[name]
+        change = (attacked - images) / (2 * eps) + 0.5                      # [-eps, eps] to [0, 1]
+        for axis, image in zip(axes[:, column], change.clamp(0, 1)):
+            _show(axis, image, f"change, {name}")
+        _show_predictions(axes[:, column + 1], model, attacked, labels, names)
+    figure.suptitle(f"eps = {255 * eps:.3g}/255. Red: wrong. "
+                    "Change: black is -eps, gray is 0, white is eps", fontsize=9)
+    _save(figure, path)
+
+
+def _show_predictions(axes, model, images, labels, names):
+    """An image on each axis. The title is the most probable class, in red if it is wrong."""
+    best = predict(model, images).max(dim=1)                # .values and .indices, (B,) each
+    for i, axis in enumerate(axes):
+        label = best.indices[i].item()
+        probability = best.values[i].item()
+        _show(axis, images[i], f"{names[label]} {probability:.3f}")
+        if label != labels[i]:
+            axis.title.set_color("red")
+
+
+# --------------------------------------------------------------------------------------------------
+# Appendix (skip it on a first reading): photographs and ResNet-18
+#
+# The same two figures for photographs, with a ResNet-18 trained on ImageNet. The attributes have
+# torchvision's names, so that its weights load. Structure and outputs are those of torchvision's
+# network with equal weights; the trained weights themselves could not be downloaded so far, so
+# these figures have not been seen with them.
 class ResNet(nn.Module):
-    """ResNet-18 (He et al. 2016, https://arxiv.org/abs/1512.03385): (B, 3, 224, 224) -> logits (B, n_classes)."""
+    """ResNet-18: (B, 3, 224, 224) -> logits (B, n_classes)."""
 
     def __init__(self, n_classes):
         super().__init__()
@@ -129,14 +618,19 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(512, n_classes)
 
     def forward(self, x):
-        # mean and std of ImageNet's colors; torchvision normalizes outside, but here eps is a change of pixel values
-        mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
-        x = F.relu(self.bn1(self.conv1((x - mean) / std)))                  # (B, 64, 112, 112)
-        x = self.layer1(self.maxpool(x))                                    # (B, 64, 56, 56)
+        # Mean and standard deviation of ImageNet's colors. torchvision normalizes before the
+        # network. Here the network does it, so that eps is a change of the pixel values.
+        mean = x.new_tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+        std = x.new_tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+        x = (x - mean) / std
+        x = F.relu(self.bn1(self.conv1(x)))                                 # (B, 64, 112, 112)
+        x = self.maxpool(x)                                                 # (B, 64, 56, 56)
+        x = self.layer1(x)                                                  # (B, 64, 56, 56)
         x = self.layer2(x)                                                  # (B, 128, 28, 28)
         x = self.layer3(x)                                                  # (B, 256, 14, 14)
         x = self.layer4(x)                                                  # (B, 512, 7, 7)
-        return self.fc(x.mean(dim=(2, 3)))                                  # (B, n_classes)
+        x = x.mean(dim=(2, 3))                                              # (B, 512)
+        return self.fc(x)
 
 
 def resnet18(num_classes=1000):
@@ -144,282 +638,231 @@ def resnet18(num_classes=1000):
     return ResNet(num_classes)
 
 
-def small_resnet(n_classes):
-    """The same blocks for small images (B, 3, 32, 32): 73,045 parameters for 5 classes."""
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),          # (B, 16, 32, 32)
-        BasicBlock(16, 32, stride=2),                                       # (B, 32, 16, 16)
-        BasicBlock(32, 64, stride=2),                                       # (B, 64, 8, 8)
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, n_classes))    # (B, n_classes)
-
-
-def load_weights(model, path):
-    """Load a state_dict from the file `path` into the model."""
+def load_resnet18(path):
+    """ResNet-18 with the weights in a file: a state_dict of torchvision's network."""
+    model = resnet18()
     try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # no such file, not a file of weights, or the weights of another network
-        sys.exit(f"cannot load {path}: {' '.join(str(error).split()).split('. ')[0][:120]}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Images: one shape at a random place, size, angle and color, on a cluttered background
-
-CLASSES = ["star", "cross", "triangle", "bars", "moon"]
-SIZE = 32
-
-
-def make_images(n):
-    """n random images (n, 3, 32, 32), their labels (n,), and masks (n, 32, 32) that are True on the shape."""
-    def uniform(low, high, k=1):
-        """Random numbers (n, k, 1, 1)."""
-        return low + (high - low) * torch.rand(n, k, 1, 1)
-
-    def rotated(x_0, y_0, angle):
-        """Coordinates of all pixels around the point (x_0, y_0), rotated by `angle`."""
-        y, x = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
-        return (x - x_0) * angle.cos() + (y - y_0) * angle.sin(), (y - y_0) * angle.cos() - (x - x_0) * angle.sin()
-
-    # The background: stripes of two colors and five blobs
-    position, _ = rotated(0, 0, uniform(0, math.pi))                        # (n, 1, H, W)
-    stripes = 0.5 + 0.5 * torch.sin(2 * math.pi * (position / uniform(3, 12) + uniform(0, 1)))
-    images = uniform(0, 1, 3).lerp(uniform(0, 1, 3), stripes * uniform(0, 1))                # (n, 3, H, W)
-    for _ in range(5):
-        u, v = rotated(uniform(0, SIZE), uniform(0, SIZE), uniform(0, math.pi))
-        images = images.lerp(uniform(0, 1, 3), torch.exp(-(u ** 2 + v ** 2) / (2 * uniform(2, 6) ** 2)))
-    # In each color channel the shape is bright and the background dark, or the reverse
-    bright = torch.randint(2, (n, 3, 1, 1))
-    images = 0.55 * images + 0.45 * (1 - bright)
-    color = 0.75 * bright + uniform(0, 0.25, 3)                             # (n, 3, 1, 1)
-    # Four faint strokes as distractors, drawn by signed distance: negative inside, edges antialiased over one pixel
-    u, v = rotated(uniform(0, SIZE, 4), uniform(0, SIZE, 4), uniform(0, math.pi, 4))         # (n, 4, H, W)
-    distance = torch.maximum(u.abs() - uniform(0.5, 3, 4), v.abs() - uniform(0.4, 0.8, 4)).amin(dim=1, keepdim=True)
-    images = images.lerp(color, 0.3 * (0.5 - distance).clamp(0, 1))
-    # The approximate signed distance of every pixel to each of the five shapes, in units of the radius
-    radius = uniform(6.5, 9)                                                # (n, 1, 1, 1)
-    u, v = rotated(*(radius + (SIZE - 2 * radius) * uniform(0, 1, 2)).split(1, dim=1), uniform(0, 2 * math.pi))
-    u, v = u / radius, v / radius                                           # (n, 1, H, W)
-    r, near, far = torch.hypot(u, v), torch.minimum(u.abs(), v.abs()), torch.maximum(u.abs(), v.abs())
-    distances = torch.cat([r - 0.60 - 0.30 * torch.cos(5 * torch.atan2(v, u)),                              # star
-                           torch.maximum(near - 0.24, far - 0.95),                                          # cross
-                           (torch.maximum(v, 0.87 * u.abs() - 0.5 * v) - 0.43).abs() - 0.17,                # triangle
-                           torch.maximum((v.abs() - 0.52).abs() - 0.22, u.abs() - 0.80),                    # bars: =
-                           torch.maximum(r - 0.95, 0.75 - torch.hypot(u - 0.5, v))], dim=1)                 # moon
-    labels = torch.randint(len(CLASSES), (n,))                              # (n,)
-    distance = (distances * radius)[torch.arange(n), labels].unsqueeze(1)   # (n, 1, H, W) in pixels
-    images = images.lerp(color, (0.5 - distance).clamp(0, 1))
-    return (images + 0.02 * torch.randn(images.shape)).clamp(0, 1), labels, distance.squeeze(1) < 0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Measures and figures
-@torch.no_grad()
-def predict(model, images):
-    """Probabilities (B, n_classes)."""
-    return model.eval()(images).softmax(dim=1)
-
-
-def accuracy_of(model, images, labels):
-    """Fraction of images whose most probable class is the label."""
-    return (predict(model, images).argmax(dim=1) == labels).float().mean().item()
-
-
-def pointing_of(model, images, labels, masks):
-    """Fraction of images where the most salient pixel is on the shape, within two pixels, and the latter by chance."""
-    saliency = saliency_map(calculate_jacobian(model, images, labels)[0])   # (B, H, W)
-    best = saliency.flatten(1).argmax(dim=1, keepdim=True)                  # (B, 1)
-    near = F.max_pool2d(masks.float().unsqueeze(1), 5, 1, padding=2).flatten(1)             # (B, H * W)
-    on_shape = masks.float().flatten(1).gather(1, best)                     # (B, 1)
-    return on_shape.mean().item(), near.gather(1, best).mean().item(), near.mean().item()
-
-
-def plot_samples(model, images, labels, titles, names, path):
-    """One row for each image: the image, its saliency, both, and its three most probable classes (also printed)."""
-    saliency = saliency_map(calculate_jacobian(model, images, labels)[0]).cpu()              # (B, H, W)
-    top = predict(model, images).topk(3, dim=1)                             # values and indices, (B, 3) each
-    figure, axes = plt.subplots(len(images), 4, figsize=(9, 2.1 * len(images)), squeeze=False, layout="constrained")
-    for i, row in enumerate(axes):
-        classes, p = [names[c] for c in top.indices[i].tolist()], top.values[i].tolist()
-        print(f"{titles[i]}: " + ", ".join(f"{name} {p_c:.3f}" for name, p_c in zip(classes, p)))
-        image, heat = images[i].permute(1, 2, 0).cpu(), saliency[i]         # (H, W, 3), (H, W)
-        row[0].imshow(image.numpy())
-        row[0].set_title(titles[i], fontsize=7 if len(titles[i]) > 20 else 9, parse_math=False)
-        row[1].imshow(heat.numpy(), vmin=0, vmax=1)
-        row[2].imshow(image.mean(dim=-1).numpy(), vmin=0, vmax=1, cmap="gray")               # (H, W)
-        row[2].imshow(heat.numpy(), vmin=0, vmax=1, alpha=0.55)
-        for axis in row[:3]:
-            axis.set_axis_off()
-        row[3].bar_label(row[3].barh(range(3), p, tick_label=classes), fmt="%.3f", fontsize=8, padding=2)
-        row[3].tick_params(labelsize=8)
-        row[3].invert_yaxis()
-        row[3].set(xlim=(0, 1.25), xticks=[0, 0.5, 1])
-    for axis, title in zip(axes[0, 1:], ("saliency", "on gray image", "top 3 probabilities")):
-        axis.set_title(title, fontsize=9)
-    figure.savefig(path, dpi=100)
-    print(f"saved {path}")
-
-
-def plot_attacks(model, images, labels, names, args, path):
-    """One row for each image: the image, then change and result of the sign step and of the scaled Jacobian."""
-    results = list(all_attacks(model, images, labels, args.eps, args.attack_steps).items())[:2]
-    figure, axes = plt.subplots(len(images), 5, figsize=(9, 2.2 * len(images)), squeeze=False, layout="constrained")
-    for column, (name, result) in zip((0, 2, 4), [("", images), *results]):
-        probabilities = predict(model, result).tolist()                     # (B, n_classes)
-        change = ((result - images) / (2 * args.eps) + 0.5).clamp(0, 1)     # from [-eps, eps] to [0, 1]
-        for row, x, d, p, label in zip(axes, result.cpu(), change.cpu(), probabilities, labels.tolist()):
-            best = p.index(max(p))
-            row[column].imshow(x.permute(1, 2, 0).numpy())
-            row[column].set_title(f"{names[best]} {p[best]:.3f}", fontsize=9, color="black" if best == label else "red")
-            if column:
-                row[column - 1].imshow(d.permute(1, 2, 0).numpy())
-                row[column - 1].set_title(f"change, {name}", fontsize=9)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    figure.suptitle(f"eps = {255 * args.eps:.3g}/255, red: wrong. Change: black -eps, gray 0, white eps", fontsize=9)
-    figure.savefig(path, dpi=100)
-    print(f"saved {path}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Photographs: URL, file, SHA-256
-
-WEIGHTS = ("https://download.pytorch.org/models/resnet18-f37072fd.pth", "data/resnet18-f37072fd.pth",
-           "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec")
-NAMES = ("https://raw.githubusercontent.com/pytorch/hub/a6fc887fbbbda0dd37c440bf8a145f1da6707d6b/imagenet_classes.txt",
-         "data/imagenet_classes.txt", "1f386e0d1cb6e28b9c2dac651c3dea6801e98ad1b41a14ce6bb1a093d72069f5")
-PHOTOGRAPHS_URL = "https://raw.githubusercontent.com/EliSchwartz/imagenet-sample-images/master/"
-PHOTOGRAPHS = [  # file, class, SHA-256
-    ("n01534433_junco.JPEG", 13, "72d3955d40e0a4c0e948b34c8271de38f4922b22f7f50c7aae7e0dabe48c33b6"),
-    ("n02102040_English_springer.JPEG", 217, "c3386e4f5277915b684195a6badcabf913f5e91c1a5f6bdea71aae40b5e335e6"),
-    ("n02326432_hare.JPEG", 331, "8ef47acf3deec515ca8638578112f34a1814218e997ad7ce78eaafcf41aa993a"),
-    ("n02480855_gorilla.JPEG", 366, "d6c3f329e35532dd262dd4bbf0088edc951ca9448e4ec2619efee7c552282256"),
-    ("n01484850_great_white_shark.JPEG", 2, "2154d212dbb63a67f1436967223d846f687121cdd9ed1a37d6ca8f0821d385bc"),
-    ("n01641577_bullfrog.JPEG", 30, "0f7055de76565e6f08ae8050b9ef56a7de6e65846e6aa67c47859134db40a72b"),
-    ("n02056570_king_penguin.JPEG", 145, "76a03cbc599244b2d647b326ef80f2c53fa664c92779b693955187afebd7ee75"),
-]
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(weights)
+    except Exception as error:                      # torch.load can fail in many ways
+        sys.exit(f"cannot load {path} ({type(error).__name__}): --weights needs a file with a "
+                 "plain state_dict of torchvision's resnet18 for 1,000 classes")
+    print(f"weights from {path}", file=sys.stderr)
+    return model
 
 
 def read_image(path):
-    """The image file as (3, 224, 224): shorter side resized to 256, then the central 224 x 224, as torchvision does."""
+    """The image in a file as (3, 224, 224), prepared as torchvision does for its ResNet-18.
+
+    The shorter side becomes 256 pixels, then the central 224 x 224 pixels are kept. The format is
+    recognized by the content, not by the name. EXIF rotation is ignored, as torchvision does.
+    """
     try:
-        pixels = torch.tensor(plt.imread(path))                             # (H, W), (H, W, 3) or (H, W, 4)
-    except Exception:  # every image format raises its own
+        # With a format that is not "png", matplotlib lets Pillow look at the content.
+        pixels = plt.imread(path, format="any")             # (H, W), (H, W, 3) or (H, W, 4)
+    except Exception:                                       # every format raises its own errors
         sys.exit(f"cannot read {path}: no such file, or not an image")
-    if pixels.dtype == torch.uint8:  # matplotlib returns PNG as floats in [0, 1], other formats as bytes
-        pixels = pixels / 255
-    if pixels.ndim == 2:  # grayscale
-        pixels = pixels.unsqueeze(-1).expand(-1, -1, 3)                     # (H, W, 3)
-    if pixels.size(-1) == 4:  # an alpha channel, on white
-        pixels = pixels[..., :3] * pixels[..., 3:] + 1 - pixels[..., 3:]    # (H, W, 3)
-    size = [256 * side // min(pixels.shape[:2]) for side in pixels.shape[:2]]
-    x = F.interpolate(pixels.permute(2, 0, 1).unsqueeze(0), size, mode="bilinear", antialias=True)
-    top, left = (round((side - 224) / 2) for side in size)
-    return x[0, :, top:top + 224, left:left + 224].clamp(0, 1)
+    # PNG files arrive as floats from 0 to 1, others as integers of 8 or 16 bits
+    white = {"uint8": 255, "uint16": 65535}.get(pixels.dtype.name, 1)
+    pixels = torch.tensor(pixels.astype("float32")) / white
+    if pixels.ndim == 2:                                    # gray: the same value for three colors
+        pixels = pixels.unsqueeze(2).expand(-1, -1, 3)                      # (H, W, 3)
+    if pixels.size(2) == 4:                                 # an alpha channel: put it on white
+        alpha = pixels[:, :, 3:]                                            # (H, W, 1)
+        pixels = pixels[:, :, :3] * alpha + 1 - alpha                       # (H, W, 3)
+
+    height, width, _ = pixels.shape
+    shorter = min(height, width)
+    height = 256 * height // shorter
+    width = 256 * width // shorter
+    x = pixels.permute(2, 0, 1).unsqueeze(0)                                # (1, 3, H, W)
+    x = F.interpolate(x, (height, width), mode="bilinear", antialias=True)
+    top = round((height - 224) / 2)
+    left = round((width - 224) / 2)
+    x = x[0, :, top:top + 224, left:left + 224]                             # (3, 224, 224)
+    return x.clamp(0, 1)
+
+
+WEIGHTS = (  # address, file, SHA-256
+    "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+    "data/resnet18-f37072fd.pth",
+    "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",
+)
+NAMES = (
+    "https://raw.githubusercontent.com/pytorch/hub/"
+    "a6fc887fbbbda0dd37c440bf8a145f1da6707d6b/imagenet_classes.txt",
+    "data/imagenet_classes.txt",
+    "1f386e0d1cb6e28b9c2dac651c3dea6801e98ad1b41a14ce6bb1a093d72069f5",
+)
+PHOTOGRAPHS_URL = "https://raw.githubusercontent.com/EliSchwartz/imagenet-sample-images/master/"
+PHOTOGRAPHS = [  # file, class, SHA-256
+    ("n01534433_junco.JPEG", 13,
+     "72d3955d40e0a4c0e948b34c8271de38f4922b22f7f50c7aae7e0dabe48c33b6"),
+    ("n02102040_English_springer.JPEG", 217,
+     "c3386e4f5277915b684195a6badcabf913f5e91c1a5f6bdea71aae40b5e335e6"),
+    ("n02326432_hare.JPEG", 331,
+     "8ef47acf3deec515ca8638578112f34a1814218e997ad7ce78eaafcf41aa993a"),
+    ("n02480855_gorilla.JPEG", 366,
+     "d6c3f329e35532dd262dd4bbf0088edc951ca9448e4ec2619efee7c552282256"),
+    ("n01484850_great_white_shark.JPEG", 2,
+     "2154d212dbb63a67f1436967223d846f687121cdd9ed1a37d6ca8f0821d385bc"),
+    ("n01641577_bullfrog.JPEG", 30,
+     "0f7055de76565e6f08ae8050b9ef56a7de6e65846e6aa67c47859134db40a72b"),
+    ("n02056570_king_penguin.JPEG", 145,
+     "76a03cbc599244b2d647b326ef80f2c53fa664c92779b693955187afebd7ee75"),
+]
 
 
 def photographs(args):
-    """Saliency and adversarial examples of photographs, with ResNet-18."""
-    start = time.perf_counter()
-    files = args.image or [f"data/{file}" for file, _, _ in PHOTOGRAPHS]
-    if not args.image:
-        for file, _, sha256 in PHOTOGRAPHS:
-            download(PHOTOGRAPHS_URL + file, f"data/{file}", sha256)
-    images = torch.stack([read_image(file) for file in files]).to(args.device)               # (B, 3, 224, 224)
-    if args.weights == "imagenet":
+    """Draw both figures for args.image, or else for PHOTOGRAPHS. Returns the results as text."""
+    files = args.image
+    if not files:
+        files = []
+        for name, _, sha256 in PHOTOGRAPHS:
+            download(PHOTOGRAPHS_URL + name, f"data/{name}", sha256)
+            files.append(f"data/{name}")
+    images = torch.stack([read_image(file) for file in files])              # (B, 3, 224, 224)
+    images = images.to(args.device)
+
+    path = args.weights
+    if path == "imagenet":
         download(*WEIGHTS)
-    model = resnet18().to(args.device)
-    load_weights(model, WEIGHTS[1] if args.weights == "imagenet" else args.weights)
+        path = WEIGHTS[1]
+    model = load_resnet18(path).to(args.device)
     download(*NAMES)
     with open(NAMES[1], encoding="utf-8") as file:
         names = file.read().splitlines()
-    labels = torch.tensor([label for _, label, _ in PHOTOGRAPHS], device=args.device)        # (B,)
-    if args.image:  # no labels here: use the predicted class, so accuracy is 1
-        labels = predict(model, images).argmax(dim=1)
+
+    # Your own photographs have no labels. The predicted class replaces them, so accuracy is 1.
+    if args.image:
+        labels = predict(model, images).argmax(dim=1)                       # (B,)
+    else:
+        labels = torch.tensor([label for _, label, _ in PHOTOGRAPHS], device=args.device)
     titles = [os.path.basename(file) for file in files]
-    plot_samples(model, images, labels, titles, names, f"{args.out_dir}/saliency_photographs.png")
-    plot_attacks(model, images, labels, names, args, f"{args.out_dir}/saliency_photographs_adversarial.png")
+    path = os.path.join(args.out_dir, "saliency_photographs.png")
+    plot_samples(model, images, labels, titles, names, path)
+    path = os.path.join(args.out_dir, "saliency_photographs_adversarial.png")
+    plot_attacks(model, images, labels, names, args.eps, args.attack_steps, path)
+
     adversarial = adversarial_example(model, images, labels, args.eps, args.attack_steps)
-    print(f"result: accuracy={accuracy_of(model, images, labels):.4f} "
-          f"accuracy_attacked={accuracy_of(model, adversarial, labels):.4f} "
-          f"params={sum(p.numel() for p in model.parameters())} seconds={time.perf_counter() - start:.1f}")
+    accuracy = accuracy_of(model, images, labels)
+    accuracy_attacked = accuracy_of(model, adversarial, labels)
+    n_params = sum(p.numel() for p in model.parameters())
+    return (f"accuracy={accuracy:.4f} accuracy_attacked={accuracy_attacked:.4f} "
+            f"params={n_params}")
 
 
 if __name__ == "__main__":
     start = time.perf_counter()
+
+    # Options
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--eps", type=positive(float), default=8 / 255, help="largest change of a pixel value")
-    parser.add_argument("--attack_steps", type=positive(int), default=1, help="sign steps of an attack")
+    parser.add_argument("--eps", type=positive(float), default=8 / 255,
+                        help="largest change of a pixel value, for the figures and the result")
+    parser.add_argument("--attack_steps", type=positive(int), default=1,
+                        help="sign steps of an attack")
     parser.add_argument("--steps", type=positive(int), default=650, help="training steps")
-    parser.add_argument("--batch_size", type=positive(int), default=64, help="images in each batch")
+    parser.add_argument("--batch_size", type=positive(int), default=64,
+                        help="images in each batch")
     parser.add_argument("--lr", type=positive(float), default=0.01, help="peak learning rate")
+    parser.add_argument("--n_images", type=positive(int), default=1000,
+                        help="images for the evaluation; half of them are attacked")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--load", metavar="FILE", help="weights of the small network: do not train")
-    group.add_argument("--weights", metavar="imagenet|FILE", help="ResNet-18 with these weights, on photographs")
-    parser.add_argument("--image", nargs="+", metavar="FILE", help="with --weights: your own photographs")
+    group.add_argument("--weights", metavar="imagenet|FILE",
+                       help="ResNet-18 with these weights, on photographs")
+    parser.add_argument("--image", nargs="+", metavar="FILE",
+                        help="with --weights: your own photographs")
     args = parse_args(parser)
     if args.image and not args.weights:
         parser.error("--image needs --weights: the small network is for 32 x 32 shapes")
     if args.weights:
-        photographs(args)
+        result = photographs(args)
+        seconds = time.perf_counter() - start
+        print(f"result: {result} seconds={seconds:.1f}")
         sys.exit()
 
-    images, labels, masks = (t.to(args.device) for t in make_images(1000))  # to test on
-    model = small_resnet(len(CLASSES)).to(args.device, memory_format=torch.channels_last)  # a fifth faster on a CPU
-    _, untrained, chance = pointing_of(model, images, labels, masks)
-    if not args.load:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.15,
-                                                        cycle_momentum=False)
+    # Data: images for the evaluation. Training draws new ones for every batch.
+    images, labels, masks = make_images(args.n_images)
+    images = images.to(args.device)
+    labels = labels.to(args.device)
+    masks = masks.to(args.device)
+
+    # Model and optimizer. The learning rate rises during the first 15 % of the steps, then falls.
+    # channels_last is a memory layout that makes convolutions on a CPU a fifth faster.
+    model = small_resnet(len(CLASSES)).to(args.device, memory_format=torch.channels_last)
+    untrained = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps,
+                                                    pct_start=0.15, cycle_momentum=False)
+
+    # Training loop, or trained weights
+    if args.load:
+        model = load_model(args.load).to(args.device, memory_format=torch.channels_last)
+    else:
         model.train()
         for step in range(args.steps):
-            x, y, _ = (t.to(args.device) for t in make_images(args.batch_size))
-            loss = F.cross_entropy(model(x), y)
-            if step == 0:
-                print(f"step 0: loss {loss:.4f}, uniform prediction ln {len(CLASSES)} = {math.log(len(CLASSES)):.4f}")
-            elif step % 50 == 0:
-                print(f"step {step}: loss {loss:.4f}", flush=True)
+            # get a batch
+            x, y, _ = make_images(args.batch_size)
+            x = x.to(args.device)                                           # (B, 3, 32, 32)
+            y = y.to(args.device)                                           # (B,)
+
+            # forward
+            logits = model(x)                                               # (B, 4)
+            loss = F.cross_entropy(logits, y)
+
+            # backward, update
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             scheduler.step()
-        # Saved in half precision. All numbers below are those of the saved weights, as with --load.
-        args.load = f"{args.out_dir}/saliency.pt"
-        torch.save({name: value.half() for name, value in model.state_dict().items()}, args.load)
-        print(f"saved {args.load}")
-    load_weights(model, args.load)
+
+            # log; the loss of step 0 is not quite uniform, because the first logits are not 0
+            if step == 0:
+                print(f"step 0: loss {loss:.4f}, uniform prediction ln {len(CLASSES)} = "
+                      f"{math.log(len(CLASSES)):.4f}")
+            if (step + 1) % 50 == 0:
+                print(f"step {step + 1}/{args.steps}: loss {loss:.4f}", flush=True)
+
+        path = os.path.join(args.out_dir, "saliency.pt")
+        sizes = [len(CLASSES)]
+        saved = {"sizes": sizes, "steps": args.steps, "weights": model.state_dict()}
+        torch.save(saved, path)
+        print(f"saved {path}")
+
+    # Evaluation
     accuracy = accuracy_of(model, images, labels)
-    on_shape, pointing, _ = pointing_of(model, images, labels, masks)
-    print(f"1,000 new images: accuracy {accuracy:.4f}\nmost salient pixel: on the shape {on_shape:.4f}, within 2 "
-          f"pixels {pointing:.4f} (untrained network {untrained:.4f}, random pixel {chance:.4f})")
-
-    # Which change of the image fools the network?
-    torch.manual_seed(args.seed)  # the same random signs with --load
-    x, y = images[:500], labels[:500]                                       # B = 500
-    gradient = calculate_jacobian(model, x, y)[0].flatten(1)                # (B, 3 * H * W)
-    l1, l2, linf = gradient.abs().sum(dim=1), gradient.norm(dim=1), gradient.abs().amax(dim=1)  # (B,) each
-    print(f"medians: L1 is {(l1 / l2).nanmedian():.1f} times L2 and {(l1 * linf / l2 ** 2).nanmedian():.1f} times "
-          f"L2^2 / Linf\nlargest entry of the Jacobian: median {255 * linf.median():.2f}/255, maximum "
-          f"{255 * linf.max():.0f}/255")
-    print("accuracy  eps           sign step     scaled Jacobian   unscaled Jacobian        random signs")
-    rows = []
-    for eps in (2, 4, 8, 16):
-        attacked = all_attacks(model, x, y, eps / 255, args.attack_steps)
-        rows.append([accuracy_of(model, changed, y) for changed in attacked.values()])
-        print(f"{eps:9}/255" + "".join(f"{value:20.4f}" for value in rows[-1]), flush=True)
-    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for name, values, style in zip(attacked, zip(*rows), ("o-", "s--", "x-.", "^:")):
-        axis.plot([2, 4, 8, 16], values, style, label=name)
-    axis.set(title="accuracy under attack", xlabel="eps * 255", xticks=[2, 4, 8, 16], ylim=(0, 1.05))
-    axis.legend()
-    figure.savefig(f"{args.out_dir}/saliency_accuracy.png", dpi=100)
-    print(f"saved {args.out_dir}/saliency_accuracy.png")
-
-    # Four images of different classes, and the first three that are fooled
-    first = [y.tolist().index(c) for c in range(4)]
-    plot_samples(model, x[first], y[first], CLASSES[:4], CLASSES, f"{args.out_dir}/saliency_samples.png")
+    print(f"{args.n_images:,} new images: accuracy {accuracy:.4f}\n")
+    table = measure_pointing(model, untrained, images, labels, masks)
+    _, pointing = table["trained network"]
+    print()
+    torch.manual_seed(args.seed)            # the same random signs after training and with --load
+    n_attacked = (args.n_images + 1) // 2
+    x = images[:n_attacked]
+    y = labels[:n_attacked]
+    measure_gradient(model, x, y)
+    compare_attacks(model, x, y, args.attack_steps)
     adversarial = adversarial_example(model, x, y, args.eps, args.attack_steps)
-    fooled = (predict(model, x).argmax(dim=1) == y) & (predict(model, adversarial).argmax(dim=1) != y)
-    chosen = fooled.int().argsort(descending=True, stable=True)[:3]
-    plot_attacks(model, x[chosen], y[chosen], CLASSES, args, f"{args.out_dir}/saliency_adversarial.png")
+    accuracy_attacked = accuracy_of(model, adversarial, y)
+    print()
+
+    # Figures: the first image of each class, mean saliency, and three images that are fooled
+    first = []
+    for c in range(len(CLASSES)):
+        of_class = (y == c).nonzero().flatten().tolist()
+        first += of_class[:1]
+    titles = [CLASSES[c] for c in y[first].tolist()]
+    path = os.path.join(args.out_dir, "saliency_samples.png")
+    plot_samples(model, x[first], y[first], titles, CLASSES, path)
+    path = os.path.join(args.out_dir, "saliency_mean.png")
+    plot_mean_saliency(model, untrained, args.device, path)
+    was_correct = predict(model, x).argmax(dim=1) == y                      # (B,)
+    is_correct = predict(model, adversarial).argmax(dim=1) == y             # (B,)
+    fooled = was_correct & ~is_correct
+    chosen = fooled.int().argsort(descending=True, stable=True)[:3]         # True before False
+    path = os.path.join(args.out_dir, "saliency_adversarial.png")
+    plot_attacks(model, x[chosen], y[chosen], CLASSES, args.eps, args.attack_steps, path)
+    n_params = sum(p.numel() for p in model.parameters())
+    seconds = time.perf_counter() - start
     print(f"result: accuracy={accuracy:.4f} pointing={pointing:.4f} "
-          f"accuracy_attacked={accuracy_of(model, adversarial, y):.4f} "
-          f"params={sum(p.numel() for p in model.parameters())} seconds={time.perf_counter() - start:.1f}")
+          f"accuracy_attacked={accuracy_attacked:.4f} params={n_params} seconds={seconds:.1f}")

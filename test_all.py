@@ -1,7 +1,6 @@
 """Tests of what the scripts and the README claim, in the order of the scripts. Run with: pytest test_all.py"""
 
 import argparse
-import ast
 import collections
 import contextlib
 import copy
@@ -15,6 +14,7 @@ import random
 import re
 import runpy
 import socket
+import struct
 import subprocess
 import sys
 import zipfile
@@ -1991,34 +1991,6 @@ def test_the_shipped_weights_translate_line_7_of_the_toy_language(tmp_path):
     assert (tmp_path / "translate_toy.png").exists()
 
 
-def test_the_heatmap_marks_the_right_cells_only_if_the_translation_is_right(
-        toy_model, tmp_path, monkeypatch):
-    model, tokenizer, _ = toy_model
-    marks = []
-    monkeypatch.setattr(translate, "plot_attention",
-                        lambda *args, **options: marks.append(options["marks"]))
-    german, english, alignment = translate.toy_pair(7)
-    for reference in (english, "Something else."):
-        translate.plot_cross_attention(model, tokenizer, german, 1, "path", reference, alignment)
-    assert marks[1] is None
-    cells = [(t, s) for t, indices in enumerate(alignment) for s in indices]
-    assert marks[0][0].nonzero().tolist() == [list(cell) for cell in sorted(cells)]
-
-
-@pytest.mark.parametrize("data", ["toy", "multi30k"])
-def test_the_shipped_weights_are_at_most_8_megabytes(data):
-    assert os.path.getsize(os.path.join(HERE, "assets", f"translate_{data}.pt")) <= 8e6
-
-
-@pytest.mark.parametrize("content", [b"", b"not weights"])
-def test_damaged_weights_are_named(content, tmp_path):
-    path = tmp_path / "translate_toy.pt"
-    path.write_bytes(content)
-    with pytest.raises(SystemExit, match="translate_toy.pt does not hold weights of translate.py"):
-        translate.load_model("toy", tmp_path, "cpu")
-    assert path.read_bytes() == content
-
-
 # --------------------------------------------------------------------------------------------------
 # saliency.py: the Jacobian and the attacks
 def small_network(dtype=torch.float32):
@@ -2180,9 +2152,9 @@ def test_where_all_entries_are_equally_large_the_sign_step_is_55_times_ahead_of_
     model[1].weight.data[1] = -model[1].weight.data[0]
     x = torch.rand(3, 3, 32, 32, dtype=torch.float64)
     target = torch.tensor([0, 1, 0])
-    to_random, to_scaled, _, _ = saliency.measure_gradient(model, x, target)
-    assert to_random == pytest.approx(math.sqrt(3072)) and round(to_random) == 55
-    assert to_scaled == pytest.approx(1)
+    ahead_of_random, ahead_of_scaled, _ = saliency.measure_gradient(model, x, target)
+    assert ahead_of_random == pytest.approx(math.sqrt(3072)) and round(ahead_of_random) == 55
+    assert ahead_of_scaled == pytest.approx(1)
 
 
 @pytest.mark.parametrize("eps, steps", [(0.03, 1), (0.03, 4), (1.0, 1)])
@@ -2351,18 +2323,12 @@ def test_the_unscaled_jacobian_fools_as_many_at_every_eps(attacked):
     assert len(set(attacked["unscaled Jacobian"])) == 1
 
 
-def test_the_unscaled_jacobian_is_large_where_it_fools_the_network_and_tiny_elsewhere(shapes):
-    model, _, images, labels, _ = shapes
-    _, _, without, fooling = saliency.measure_gradient(model, images, labels)
-    assert without < 1 and fooling > 8
-
-
-def test_the_unscaled_jacobian_fools_images_that_the_network_is_less_confident_about(shapes):
+def test_the_unscaled_jacobian_fools_the_images_with_a_large_gradient(shapes):
     model, _, images, labels, _ = shapes
     unscaled = saliency.all_attacks(model, images, labels, eps=0.01)["unscaled Jacobian"]
     fooled = saliency.predict(model, unscaled).argmax(dim=1) != labels
-    p = saliency.predict(model, images)[range(300), labels]
-    assert p[fooled].median() < p[~fooled].median()
+    _, _, largest = saliency.measure_gradient(model, images, labels)
+    assert fooled.any() and largest[fooled].min() > 4 / 255 and largest.median() < 1 / 255
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2543,6 +2509,35 @@ def photograph_files(resnet_weights, tmp_path, monkeypatch):
     monkeypatch.setattr(attention_script, "download", download)
     monkeypatch.setattr(saliency, "download", download)
     monkeypatch.setattr(saliency, "PHOTOGRAPHS", saliency.PHOTOGRAPHS[:1])
+
+
+def test_your_own_photographs_are_drawn_with_weights_from_a_file(photograph_files):
+    options = ["--weights", "resnet18.pth", "--image", "photo.png", "--out_dir", "out"]
+    _, output = run("saliency.py", *options)
+    assert "photo.png: class " in output
+    assert result_of(output)["accuracy"] == 1           # the predicted class is the label
+    assert sorted(os.listdir("out")) == ["saliency_photographs.png",
+                                         "saliency_photographs_adversarial.png"]
+
+
+def test_the_photographs_of_imagenet_have_labels(photograph_files, monkeypatch):
+    args = argparse.Namespace(weights="imagenet", image=None, eps=0.01, attack_steps=1,
+                              device="cpu", out_dir="out")
+    junco = F.one_hot(torch.tensor([13]), 1000)         # 13 is the class of the first one
+    monkeypatch.setattr(saliency, "plot_samples", lambda *args: None)
+    monkeypatch.setattr(saliency, "plot_attacks", lambda *args: None)
+    monkeypatch.setattr(saliency, "predict", lambda model, images: junco)
+    assert saliency.photographs(args).startswith("accuracy=1.0000 ")
+
+
+def test_without_a_network_the_sentence_says_what_could_not_be_downloaded(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(SystemExit, match="cannot download https://.*junco.JPEG .*no network"):
+        run("saliency.py", "--weights", "imagenet", "--out_dir", "out")
 
 
 def test_your_own_photographs_are_drawn_with_weights_from_a_file(photograph_files):
