@@ -161,7 +161,9 @@ def one_string_per_count(seq_len, device="cpu"):
     positions = torch.arange(seq_len, device=device)                       # (T,)
     strings = (positions < counts.unsqueeze(1)).long()                     # c ones, then zeros
     parities = counts % 2
-    fractions = [math.comb(seq_len, c) / 2 ** seq_len for c in range(seq_len + 1)]
+    fractions = []
+    for c in range(seq_len + 1):
+        fractions.append(math.comb(seq_len, c) / 2 ** seq_len)
     return strings, parities, torch.tensor(fractions, device=device)
 
 
@@ -226,9 +228,10 @@ def plot_curve(losses, accuracies, path):
 # networks have at least 32 parameters. So 32 is the smallest number that passes 0.95. Whether 32
 # can get all strings right is not known.
 #
-# The search below finds them. Each network is a width, a number of blocks, and the numbers of ones
-# that it may get wrong. With 5 sign changes at least three of them are wrong. 0, 2 and 9 cost
-# least: they stand for only 1 + 45 + 10 strings. Width 3 may miss 1111111111.
+# The search below finds them, with x = 2c/T - 1 in place of c. Each network is a width, a number of
+# blocks, and the numbers of ones that it may get wrong. With 5 sign changes at least three of them
+# are wrong. 0, 2 and 9 cost least: they stand for only 1 + 45 + 10 strings. Width 3 may miss
+# 1111111111.
 NETWORKS = [
     (2, 0, [0, 2, 9]),
     (3, 0, [10]),
@@ -299,7 +302,8 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
 
     w = w[best]
     b = b[best]
-    a = torch.linalg.lstsq(hidden_units(x, w, b), targets.unsqueeze(1)).solution
+    units = hidden_units(x, w, b)                                          # (P, n+1)
+    a = torch.linalg.lstsq(units, y[0]).solution                           # (n+1, 1)
     return w, b, a.squeeze(1)
 
 
@@ -312,8 +316,8 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
 # are even. For T = 10 six points are left, with 5 sign changes, which two hidden units can make.
 # This is what depth does here: one fold halves the number of sign changes.
 #
-# Training rarely finds this, so the weights are set by hand. All vectors are e (1, -1) with some
-# number e. q = 1 - 2c/T is positive if most tokens are zeros.
+# The block is set by hand, to show what a block can do. All vectors are e (1, -1) with some number
+# e, and q = 1 - 2c/T is positive if most tokens are zeros.
 #
 #     embedding    e = 0.003 for a 0, -0.003 for a 1.
 #     LayerNorm    e becomes e / sqrt(e^2 + 0.00001); LayerNorm adds the 0.00001 to the variance, so
@@ -390,8 +394,8 @@ def check_on_all_strings(model, seq_len):
     strings = torch.cartesian_prod(*bits).view(-1, seq_len)                # (2^T, T)
     logits = model(strings)                                                # (2^T, 2)
     right = logits.argmax(dim=1) == strings.sum(dim=1) % 2                 # (2^T,)
-    difference = (logits[:, 1] - logits[:, 0]).abs().min()
-    return right.sum().item(), difference.item()
+    f = logits[:, 1] - logits[:, 0]                                        # (2^T,)
+    return right.sum().item(), f.abs().min().item()
 
 
 @torch.no_grad()
@@ -452,7 +456,7 @@ def plot_f(axis, model, seq_len):
 
 @torch.no_grad()
 def plot_smallest(models, seq_len, path):
-    """Save f of each model without a block, and the parts that f of the last one is made of."""
+    """Save f of each model without a block, and two parts that f of the last one is made of."""
     n_columns = (len(models) + 2) // 2                                     # one more than models
     size = (6 * n_columns, 7)
     figure, axes = plt.subplots(2, n_columns, figsize=size, layout="constrained")
@@ -498,11 +502,13 @@ def plot_fold(model, seq_len, path):
     """Save how a block folds the counts: its tokens, their mean, and f over the mean."""
     strings, _, _ = one_string_per_count(seq_len)
     feature = token_vectors(model, strings)[:, :, 0]                       # (T+1, T)
+    zeros = feature[:-1, -1]                                               # zeros are at the end
+    ones = feature[1:, 0]                                                  # and ones come first
     x, _ = classifier_input(model, seq_len)
     counts = torch.arange(seq_len + 1)
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    axes[0].plot(counts[:-1], feature[:-1, -1], "o", label="each 0")       # zeros are at the end
-    axes[0].plot(counts[1:], feature[1:, 0], "s", label="each 1")
+    axes[0].plot(counts[:-1], zeros, "o", label="each 0")
+    axes[0].plot(counts[1:], ones, "s", label="each 1")
     axes[0].set_title("after the block: +1 for the majority, -1 for the others")
     axes[0].set_ylabel("first feature")
     axes[0].legend()
@@ -538,8 +544,8 @@ def sweep(out_dir, networks=NETWORKS, seq_len=10, n_tries=10):
         _, _, f = exact_accuracy(model, seq_len)
         answers = (f > 0).int()                                            # (T+1,)
         n_changes = answers.diff().abs().sum()
-        print(f"{params:10} {n_layers:6} {width:5} |"
-              f" {n_right:13} {n_changes:12} {smallest:12.2f}", flush=True)
+        print(f"{params:10} {n_layers:6} {width:5} |", end=" ")
+        print(f"{n_right:13} {n_changes:12} {smallest:12.2f}", flush=True)
         results[params] = n_right
 
         path = os.path.join(out_dir, f"parity_{params}.pt")
@@ -591,8 +597,10 @@ if __name__ == "__main__":
     if args.sweep:
         results = sweep(args.out_dir)
         accuracies = {params: n_right / 2 ** 10 for params, n_right in results.items()}
-        smallest_95 = min(params for params in accuracies if accuracies[params] > 0.95)
-        smallest_all = min(params for params in accuracies if accuracies[params] == 1)
+        above_95 = [params for params, accuracy in accuracies.items() if accuracy > 0.95]
+        all_right = [params for params, accuracy in accuracies.items() if accuracy == 1]
+        smallest_95 = min(above_95, default=None)
+        smallest_all = min(all_right, default=None)
         seconds = time.perf_counter() - start
         print(f"result: {smallest_95=} {smallest_all=} accuracy_32={accuracies[32]:.4f}"
               f" accuracy_58={accuracies[58]:.4f} {seconds=:.1f}")
