@@ -217,7 +217,7 @@ def small_resnet(n_classes):
         nn.ReLU(),
         BasicBlock(16, 32, stride=2),                                       # (B, 32, 16, 16)
         BasicBlock(32, 64, stride=2),                                       # (B, 64, 8, 8)
-        nn.AdaptiveAvgPool2d(1),                                            # (B, 64, 1, 1)
+        nn.AdaptiveAvgPool2d(1),                        # the mean over all pixels: (B, 64, 1, 1)
         nn.Flatten(),                                                       # (B, 64)
         nn.Linear(64, n_classes),                                           # (B, n_classes)
     )
@@ -382,6 +382,10 @@ def make_images(n, upright=False):
 
 # --------------------------------------------------------------------------------------------------
 # What is measured (1): does the network see the shape, and does saliency point at it?
+#
+# Pointing is how often the most salient pixel is on the shape or at most two pixels away from it.
+# Two pixels, because a shape is recognized by its edges, and an edge has two sides: a change beside
+# the edge matters as much as a change on the shape.
 @torch.no_grad()
 def predict(model, images):
     """Probabilities (B, n_classes)."""
@@ -414,12 +418,12 @@ def edge_map(images):
     return torch.hypot(vertical, horizontal).norm(dim=1)
 
 
-# Pointing (within 2 pixels) means little without a comparison, so the table has four rows:
+# Pointing means little without a comparison, so the table has four rows:
 #
 # - Trained network. The most salient pixel is nearly always within two pixels of the shape, but on
-#   it only half of the time. Saliency shows where a *change* matters. Painting the slot of the
-#   screw would make it a disc, so the slot matters as much as the metal. In general, shapes are
-#   recognized by their edges, and an edge has two sides. saliency_mean.png shows these places.
+#   it only half of the time. Saliency shows where a *change* matters: painting the slot of the
+#   screw would make it a disc, so the slot matters as much as the metal. saliency_mean.png shows
+#   these places.
 # - Untrained network. It knows nothing, and is still better than chance. Where an image is flat,
 #   the same ReLUs are active everywhere, and the map repeats one pattern every four pixels (two
 #   convolutions with stride 2). At an edge other ReLUs are active, so the pattern changes, and the
