@@ -217,7 +217,7 @@ def small_resnet(n_classes):
         nn.ReLU(),
         BasicBlock(16, 32, stride=2),                                       # (B, 32, 16, 16)
         BasicBlock(32, 64, stride=2),                                       # (B, 64, 8, 8)
-        nn.AdaptiveAvgPool2d(1),                                            # (B, 64, 1, 1)
+        nn.AdaptiveAvgPool2d(1),                        # the mean over all pixels: (B, 64, 1, 1)
         nn.Flatten(),                                                       # (B, 64)
         nn.Linear(64, n_classes),                                           # (B, n_classes)
     )
@@ -382,6 +382,10 @@ def make_images(n, upright=False):
 
 # --------------------------------------------------------------------------------------------------
 # What is measured (1): does the network see the shape, and does saliency point at it?
+#
+# Pointing is how often the most salient pixel is on the shape or at most two pixels away from it.
+# Two pixels, because a shape is recognized by its edges, and an edge has two sides: a change beside
+# the edge matters as much as a change on the shape.
 @torch.no_grad()
 def predict(model, images):
     """Probabilities (B, n_classes)."""
@@ -414,12 +418,12 @@ def edge_map(images):
     return torch.hypot(vertical, horizontal).norm(dim=1)
 
 
-# Pointing (within 2 pixels) means little without a comparison, so the table has four rows:
+# Pointing means little without a comparison, so the table has four rows:
 #
 # - Trained network. The most salient pixel is nearly always within two pixels of the shape, but on
-#   it less than half of the time. Saliency shows where a *change* matters. Painting the slot of the
-#   screw would make it a disc, so the slot matters as much as the metal. In general, shapes are
-#   recognized by their edges, and an edge has two sides. saliency_mean.png shows these places.
+#   it only half of the time. Saliency shows where a *change* matters: painting the slot of the
+#   screw would make it a disc, so the slot matters as much as the metal. saliency_mean.png shows
+#   these places.
 # - Untrained network. It knows nothing, and is still better than chance. Where an image is flat,
 #   the same ReLUs are active everywhere, and the map repeats one pattern every four pixels (two
 #   convolutions with stride 2). At an edge other ReLUs are active, so the pattern changes, and the
@@ -451,31 +455,47 @@ def measure_pointing(model, untrained, images, labels, masks):
 # --------------------------------------------------------------------------------------------------
 # What is measured (2): which change of the image fools the network?
 #
-# Why does adding the unscaled Jacobian fool the same few images at every eps? Its size does not
-# depend on eps. For most images its largest entry is below 1/255, the precision of an image file,
-# and nothing happens. For a few, which the network is unsure about, it is above 16/255, and these
-# are fooled. At eps = 2/255 the sign step fools fewer, because it may change a value by 2/255 only.
+# Three results need an explanation:
+#
+# - The unscaled Jacobian fools the same few images at every eps, because its size does not depend
+#   on eps. Where the network is confident, its largest entry is usually below 1/255, the precision
+#   of an image file, and nothing happens. Where the network is less confident, the entries are many
+#   times larger, and they fool it.
+# - At eps = 2/255 the unscaled Jacobian fools more images than the sign step. The sign step may
+#   change a value by 2/255 only, while the unscaled Jacobian changes the images that it fools more.
+# - At eps = 16/255 random signs fool some images, too. They are noise that is three times as strong
+#   as the noise in the training images (0.02, about 5/255).
 EPS = [2, 4, 8, 16]  # in units of 1/255
 
 
-def measure_gradient(model, images, labels):
-    """Print and return medians of L1 / L2 and L1 * Linf / L2^2, and the largest entries, (B,)."""
+def measure_norms(model, images, labels):
+    """Print and return the medians of L1 / L2 and of L1 * Linf / L2^2."""
     gradient, _ = calculate_jacobian(model, images, labels)
-    largest = gradient.abs().amax(dim=(1, 2, 3))                            # (B,)
-    # Both ratios do not depend on the scale of the gradient. After scale_to_1, Linf is 1.
+    # These ratios do not depend on the scale of the gradient. After scale_to_1, Linf is 1.
     scaled = scale_to_1(gradient).flatten(1)                                # (B, 3 * H * W)
     l1 = scaled.abs().sum(dim=1)                                            # (B,)
     l2 = scaled.norm(dim=1)                                                 # (B,)
-    ahead_of_random = (l1 / l2).median().item()
-    ahead_of_scaled = (l1 / l2 ** 2).median().item()
+    to_random = (l1 / l2).median().item()
+    to_scaled = (l1 / l2 ** 2).median().item()
     print("how many times as much the sign step increases the loss, to first order (medians):")
-    print(f"{ahead_of_random:.1f} compared with random signs, "
-          f"{ahead_of_scaled:.1f} with the scaled Jacobian")
-    below = (largest < 1 / 255).float().mean()
-    above = (largest > 16 / 255).float().mean()
-    print(f"largest entry of the Jacobian: below 1/255 in {below:.4f} of the images, "
-          f"above 16/255 in {above:.4f}")
-    return ahead_of_random, ahead_of_scaled, largest
+    print(f"{to_random:.1f} compared with random signs, {to_scaled:.1f} with the scaled Jacobian")
+    return to_random, to_scaled
+
+
+def measure_unscaled(model, images, labels):
+    """Print and return the median of the largest entry of the unscaled Jacobian, times 255.
+
+    Two medians: over the images where adding it does not fool the network, and where it does.
+    """
+    gradient, _ = calculate_jacobian(model, images, labels)
+    largest = 255 * gradient.abs().amax(dim=(1, 2, 3))                      # (B,)
+    attacked = (images + gradient).clamp(0, 1)
+    fooled = predict(model, attacked).argmax(dim=1) != labels               # (B,)
+    harmless = largest[~fooled].median().item()
+    fooling = largest[fooled].median().item()
+    print("largest entry of the unscaled Jacobian (medians):")
+    print(f"{harmless:.2f}/255 where it does not fool the network, {fooling:.2f}/255 where it does")
+    return harmless, fooling
 
 
 def compare_attacks(model, images, labels, steps=1):
@@ -840,7 +860,8 @@ if __name__ == "__main__":
     n_attacked = (args.n_images + 1) // 2
     x = images[:n_attacked]
     y = labels[:n_attacked]
-    measure_gradient(model, x, y)
+    measure_norms(model, x, y)
+    measure_unscaled(model, x, y)
     compare_attacks(model, x, y, args.attack_steps)
     adversarial = adversarial_example(model, x, y, args.eps, args.attack_steps)
     accuracy_attacked = accuracy_of(model, adversarial, y)
