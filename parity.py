@@ -549,7 +549,7 @@ def sweep(out_dir, networks=NETWORKS, seq_len=10, n_tries=10):
         results[params] = n_right
 
         path = os.path.join(out_dir, f"parity_{params}.pt")
-        sizes = (width, 1, 1, 1, n_layers)
+        sizes = (2, 2, width, 1, 1, 1, n_layers)
         torch.save({"sizes": sizes, "weights": model.state_dict()}, path)
         print(f"saved {path}")
         if n_layers == 0:
@@ -613,8 +613,8 @@ if __name__ == "__main__":
     n_val = args.n_samples - n_train
 
     # model and optimizer
-    sizes = (args.d_model, args.d_key, args.n_heads, args.mlp_factor, args.n_layers)
-    model = TransformerClassifier(2, 2, *sizes).to(args.device)
+    sizes = (2, 2, args.d_model, args.d_key, args.n_heads, args.mlp_factor, args.n_layers)
+    model = TransformerClassifier(*sizes).to(args.device)
     params = sum(p.numel() for p in model.parameters())
     print(f"{params:,} parameters, {n_train:,} strings to train on, {n_val:,} to validate")
     # Why there is a plateau: over all strings, parity is uncorrelated with every polynomial of the

@@ -438,7 +438,7 @@ def test_a_short_training_learns_parity(short_training):
 def test_the_saved_weights_are_those_of_the_trained_model(short_training):
     values, _, folder = short_training
     saved = torch.load(folder / "parity.pt", weights_only=True)
-    model = parity.TransformerClassifier(2, 2, *saved["sizes"])
+    model = parity.TransformerClassifier(*saved["sizes"])
     model.load_state_dict(saved["weights"])
     strings, _, _ = parity.one_string_per_count(4)
     assert torch.equal(model(strings), values["model"](strings))
@@ -494,7 +494,7 @@ def test_a_likely_mistake_in_parity_gives_one_sentence(options, message, tmp_pat
 def test_the_smallest_networks_are_right_on_as_many_strings_as_claimed(params, n_right, dtype):
     path = os.path.join(HERE, "assets", f"parity_{params}.pt")
     saved = torch.load(path, weights_only=True)
-    model = parity.TransformerClassifier(2, 2, *saved["sizes"])
+    model = parity.TransformerClassifier(*saved["sizes"])
     model.load_state_dict(saved["weights"])
     assert sum(p.numel() for p in model.parameters()) == params
     found, smallest = parity.check_on_all_strings(model.to(dtype), 10)
@@ -576,7 +576,7 @@ def test_the_sweep_saves_and_draws_what_it_finds(tmp_path, capsys):
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"parity_20.pt", "parity_58.pt", "parity_fold.png", "parity_smallest.png"}
     saved = torch.load(tmp_path / "parity_58.pt", weights_only=True)
-    model = parity.TransformerClassifier(2, 2, *saved["sizes"])
+    model = parity.TransformerClassifier(*saved["sizes"])
     model.load_state_dict(saved["weights"])
     assert parity.check_on_all_strings(model, 4)[0] == 16
     row = [line for line in capsys.readouterr().out.splitlines() if "|" in line][1]
