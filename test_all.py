@@ -92,11 +92,14 @@ def classifier(*sizes):
 # --------------------------------------------------------------------------------------------------
 # attention.py
 
-MASKS = {"none": None,
-         "causal": torch.ones(5, 7).tril().bool(),
-         "padding": (torch.arange(7) < torch.tensor([[7], [4]])).view(2, 1, 1, 7),
-         "random": torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(1)) < 0.6,
-         "a query with nothing to attend to": torch.ones(5, 7).tril(-1).bool()}
+RANDOM_MASK = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(1)) < 0.6
+MASKS = {
+    "none": None,
+    "causal": torch.ones(5, 7).tril().bool(),
+    "padding": (torch.arange(7) < torch.tensor([[7], [4]])).view(2, 1, 1, 7),
+    "random": RANDOM_MASK,
+    "a query with nothing to attend to": torch.ones(5, 7).tril(-1).bool(),
+}
 
 
 def queries_keys_values():
@@ -108,44 +111,53 @@ def queries_keys_values():
 
 
 def test_the_loops_give_the_output_of_the_matrices():
-    q, k, v = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5, 2)
+    q = torch.randn(4, 3)
+    k = torch.randn(5, 3)
+    v = torch.randn(5, 2)
     loops = attention_script.attention_loops(q.tolist(), k.tolist(), v.tolist())
-    assert torch.allclose(torch.tensor(loops), attention(q, k, v)[0], atol=1e-6)
+    output, _ = attention(q, k, v)
+    assert torch.allclose(torch.tensor(loops), output, atol=1e-6)
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_the_output_is_that_of_torch(mask):
     q, k, v = queries_keys_values()
+    output, _ = attention(q, k, v, mask)
     expected = F.scaled_dot_product_attention(q, k, v, mask)
-    assert torch.allclose(attention(q, k, v, mask)[0], expected, atol=1e-6)
+    assert torch.allclose(output, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_the_gradients_are_those_of_torch(mask):
     inputs = queries_keys_values()
-    ours = torch.autograd.grad(attention(*inputs, mask)[0].square().sum(), inputs)
-    expected = F.scaled_dot_product_attention(*inputs, mask).square().sum()
-    for gradient, theirs in zip(ours, torch.autograd.grad(expected, inputs)):
-        assert torch.allclose(gradient, theirs, atol=1e-5)
+    output, _ = attention(*inputs, mask)
+    ours = torch.autograd.grad(output.square().sum(), inputs)
+    expected = F.scaled_dot_product_attention(*inputs, mask)
+    theirs = torch.autograd.grad(expected.square().sum(), inputs)
+    for our_gradient, their_gradient in zip(ours, theirs):
+        assert torch.allclose(our_gradient, their_gradient, atol=1e-5)
 
 
 def test_the_weights_are_those_of_the_output():
-    v = torch.eye(7)                                       # with one-hot values, the output is the weights
     q, k, _ = queries_keys_values()
+    v = torch.eye(7)  # with one-hot values, the output is the weights
     output, weights = attention(q, k, v)
     assert torch.equal(output, weights)
 
 
 def test_softmax_weights_of_a_query_sum_to_1():
     q, k, v = queries_keys_values()
-    assert torch.allclose(attention(q, k, v)[1].sum(dim=-1), torch.ones(2, 3, 5))
+    _, weights = attention(q, k, v)
+    assert torch.allclose(weights.sum(dim=-1), torch.ones(2, 3, 5))
 
 
 def test_a_sigmoid_weight_depends_on_its_own_key_only():
     q, k, v = queries_keys_values()
     _, weights = attention(q, k, v, activation="sigmoid")
     _, alone = attention(q, k[:, :, :1], v[:, :, :1], activation="sigmoid")
-    assert torch.allclose(weights[..., :1], alone) and weights.max() < 1 and weights.min() > 0
+    assert torch.allclose(weights[..., :1], alone)
+    assert weights.max() < 1
+    assert weights.min() > 0
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
@@ -159,35 +171,46 @@ def test_a_masked_key_gets_weight_0(mask, activation):
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_a_query_with_nothing_to_attend_to_gets_zeros(activation):
     q, k, v = queries_keys_values()
-    output, _ = attention(q, k, v, MASKS["a query with nothing to attend to"], activation)
-    assert (output[..., 0, :] == 0).all() and (output[..., 1:, :] != 0).all()
+    mask = MASKS["a query with nothing to attend to"]
+    output, _ = attention(q, k, v, mask, activation)
+    assert (output[..., 0, :] == 0).all()
+    assert (output[..., 1:, :] != 0).all()
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_the_gradients_are_right_by_finite_differences(mask, activation):
-    q, k, v = [tensor.double() for tensor in queries_keys_values()]
-    assert torch.autograd.gradcheck(lambda *x: attention(*x, mask, activation)[0], (q, k, v), fast_mode=True)
+    def output(q, k, v):
+        return attention(q, k, v, mask, activation)[0]
+
+    inputs = tuple(tensor.double() for tensor in queries_keys_values())
+    assert torch.autograd.gradcheck(output, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_a_query_with_nothing_to_attend_to_gets_no_nan_on_the_way_back(activation):
     q, k, v = queries_keys_values()
-    with torch.autograd.set_detect_anomaly(True):           # an error at the first NaN in a backward pass
-        output, _ = attention(q, k, v, MASKS["a query with nothing to attend to"], activation)
+    mask = MASKS["a query with nothing to attend to"]
+    # an error at the first NaN in a backward pass
+    with torch.autograd.set_detect_anomaly(True):
+        output, _ = attention(q, k, v, mask, activation)
         output.sum().backward()
 
 
 def test_masked_keys_get_no_weight_however_low_the_other_scores_are():
-    q, k, v = torch.full((1, 4), 100.0), torch.tensor([[-100.0] * 4, [100.0] * 4]), torch.eye(2)
+    q = torch.full((1, 4), 100.0)
+    k = torch.tensor([[-100.0] * 4, [100.0] * 4])
+    v = torch.eye(2)
     _, weights = attention(q, k, v, torch.tensor([[True, False]]))
     assert weights.tolist() == [[1.0, 0.0]]
 
 
 def test_half_precision_does_not_overflow():
-    x = torch.full((2, 64), 40.0, dtype=torch.float16)     # 64 * 40 * 40 = 102,400, the largest float16 is 65,504
+    # 64 * 40 * 40 = 102,400, the largest float16 is 65,504
+    x = torch.full((2, 64), 40.0, dtype=torch.float16)
     output, weights = attention(x, x, x)
-    assert (output == 40).all() and (weights == 0.5).all()
+    assert (output == 40).all()
+    assert (weights == 0.5).all()
 
 
 def test_a_mask_of_numbers_is_refused():
@@ -197,42 +220,57 @@ def test_a_mask_of_numbers_is_refused():
 
 
 def test_the_docstring_has_the_right_numbers():
-    query, key = torch.tensor([[2.0, 0, 2, 0]]), torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]])
-    output, weights = attention(query, key, torch.tensor([[10.0, 0], [0, 10], [5, 5]]))
-    for name, numbers in [("scores  = query . key ", query @ key.T), ("scores / sqrt(4)      ", query @ key.T / 2),
-                          ("weights = softmax     ", weights), ("output                ", output)]:
-        line = f"    {name} =  " + " ".join(f"{x:.2f}" for x in numbers[0].tolist())
-        assert line in attention_script.__doc__
+    query = torch.tensor([[2.0, 0, 2, 0]])
+    key = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]])
+    value = torch.tensor([[10.0, 0], [0, 10], [5, 5]])
+    output, weights = attention(query, key, value)
+    rows = {
+        "scores  = query . key ": query @ key.T,
+        "scores / sqrt(4)      ": query @ key.T / 2,
+        "weights = softmax     ": weights,
+        "output                ": output,
+    }
+    for name, row in rows.items():
+        numbers = " ".join(f"{x:.2f}" for x in row[0].tolist())
+        assert f"    {name} =  {numbers}" in attention_script.__doc__
 
 
 def test_queries_of_the_dictionary_are_rotated_keys():
-    rotation = torch.linalg.qr(torch.randn(8, 8))[0]
+    rotation, _ = torch.linalg.qr(torch.randn(8, 8))
     query, key, target = attention_script.make_lookups(5, 6, rotation, noise=0.0)
     for b in range(5):
-        assert torch.allclose(query[b], key[b, target[b]] @ rotation, atol=1e-6)
+        rotated = key[b, target[b]] @ rotation
+        assert torch.allclose(query[b], rotated, atol=1e-6)
 
 
 def test_the_script_agrees_with_its_loops_and_learns_the_dictionary(tmp_path):
     _, output = run("attention.py", "--out_dir", tmp_path)
     assert "the loops give the same output: True\n" in output
-    assert result_of(output)["accuracy"] > 0.999 and result_of(output)["params"] == 2 * 32 * 32
+    result = result_of(output)
+    assert result["accuracy"] > 0.999
+    assert result["params"] == 2 * 32 * 32
     assert (tmp_path / "attention_dictionary.png").exists()
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_attention_works_on_all_leading_dimensions(activation):
     for lead in [(), (3,), (4, 2, 3)]:
-        q, k, v = torch.randn(*lead, 5, 8), torch.randn(*lead, 7, 8), torch.randn(*lead, 7, 4)
+        q = torch.randn(*lead, 5, 8)
+        k = torch.randn(*lead, 7, 8)
+        v = torch.randn(*lead, 7, 4)
         output, weights = attention(q, k, v, MASKS["causal"], activation)
-        assert output.shape == (*lead, 5, 4) and weights.shape == (*lead, 5, 7)
+        assert output.shape == (*lead, 5, 4)
+        assert weights.shape == (*lead, 5, 7)
 
 
-def test_the_memory_of_the_formula_grows_with_the_square_of_the_length_that_of_the_kernel_does_not():
+def test_the_memory_of_the_formula_grows_with_the_square_of_the_length_that_of_the_kernel_does_not(
+):
     _, memory = attention_script.benchmark("cpu", [128, 256])
     mib = 2 ** 20
     for i, T in enumerate([128, 256]):
-        scaled_queries = 4 * T * 64 * 4                    # 4 heads, 4 bytes a number
-        assert memory["explicit"][i] * mib == 4 * T * T * 4 + scaled_queries
+        scaled_queries = 4 * T * 64 * 4  # 4 heads, 4 bytes a number
+        all_weights = 4 * T * T * 4
+        assert memory["explicit"][i] * mib == all_weights + scaled_queries
         assert memory["fused"][i] < 2.1 * scaled_queries / mib
 
 
@@ -242,9 +280,16 @@ def test_the_guide_lines_of_the_benchmark_do_not_cross_the_data(tmp_path, monkey
     lengths = [64, 128, 256, 512]
     measured = {"explicit": [9.0, 10.0, 20.0, 70.0], "fused": [1.0, 2.0, 4.0, 8.0]}
     attention_script.plot_benchmark(lengths, measured, measured, tmp_path / "figure.png")
-    explicit, fused, square, linear = [line.get_ydata() for line in figures[0].axes[1].lines]
-    assert all(guide > y for guide, y in zip(square, explicit[2:], strict=True))
-    assert all(guide < y for guide, y in zip(linear, fused, strict=True))
+    lines = [line.get_ydata() for line in figures[0].axes[1].lines]
+    assert len(lines) == 4
+    explicit = lines[0]
+    fused = lines[1]
+    square = lines[2]
+    linear = lines[3]
+    for guide, y in zip(square, explicit[2:], strict=True):
+        assert guide > y
+    for guide, y in zip(linear, fused, strict=True):
+        assert guide < y
 
 
 def drawn(monkeypatch, *arguments, **options):
@@ -256,11 +301,13 @@ def drawn(monkeypatch, *arguments, **options):
 
 
 def test_marks_are_dots_in_the_cells_that_are_true(monkeypatch):
+    weights = torch.rand(2, 3, 4)
     marks = torch.zeros(2, 3, 4, dtype=torch.bool)
     marks[1, 2, 0] = True
-    axes = drawn(monkeypatch, torch.rand(2, 3, 4), list("abcd"), list("xyz"), marks=marks)
-    assert len(axes[0].collections[0].get_offsets()) == 0
-    assert axes[1].collections[0].get_offsets().tolist() == [[0, 2]]       # key 0, query 2
+    axes = drawn(monkeypatch, weights, list("abcd"), list("xyz"), marks=marks)
+    dots = [axis.collections[0].get_offsets() for axis in axes[:2]]
+    assert len(dots[0]) == 0
+    assert dots[1].tolist() == [[0, 2]]  # key 0, query 2
 
 
 def test_heatmaps_show_the_weights_on_one_scale(monkeypatch):
@@ -268,42 +315,49 @@ def test_heatmaps_show_the_weights_on_one_scale(monkeypatch):
     axes = drawn(monkeypatch, weights, list("abcde"), list("wxyz"))
     for axis, panel in zip(axes, weights):
         image = axis.images[0]
-        assert torch.equal(torch.tensor(image.get_array().tolist()), panel)
+        shown = torch.tensor(image.get_array().tolist())
+        assert torch.equal(shown, panel)
         assert image.get_clim() == (0.0, weights.max().item())
-        assert [label.get_text() for label in axis.get_yticklabels()] == list("wxyz")
+        labels = [label.get_text() for label in axis.get_yticklabels()]
+        assert labels == list("wxyz")
 
 
 def test_output_never_ends_a_training(monkeypatch, tmp_path):
     buffer = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="cp1252"))
+    console = io.TextIOWrapper(buffer, encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
     monkeypatch.setattr(sys, "argv", ["script", "--out_dir", str(tmp_path)])
     attention_script.parse_args(argparse.ArgumentParser())
-    print("\u2581", flush=True)                             # a console of code page 1252 does not have it
+    print("\u2581", flush=True)  # a console of code page 1252 does not have it
     assert buffer.getvalue() == rb"\u2581" + os.linesep.encode()
 
 
 def test_the_seed_is_that_of_the_option(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["script", "--seed", "5", "--out_dir", str(tmp_path)])
+    options = ["--seed", "5", "--out_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["script", *options])
     attention_script.parse_args(argparse.ArgumentParser())
     assert torch.initial_seed() == 5
 
 
 def test_a_download_is_checked(tmp_path):
-    (tmp_path / "source").write_bytes(b"content")
+    source = tmp_path / "source"
+    source.write_bytes(b"content")
     path = tmp_path / "data" / "file"
     with pytest.raises(SystemExit, match="cannot download .*invalid hash value"):
-        download((tmp_path / "source").as_uri(), str(path), "0" * 64)
+        download(source.as_uri(), str(path), "0" * 64)
     assert not path.exists()
 
 
 def test_a_download_that_fails_says_what_to_do(tmp_path):
     path = tmp_path / "file"
-    with pytest.raises(SystemExit, match=f"cannot download .*: try again, or save the file as {path} yourself"):
-        download("https://127.0.0.1:1/file", str(path), "0" * 64)          # no server there
+    message = f"cannot download .*: try again, or save the file as {path} yourself"
+    with pytest.raises(SystemExit, match=message):
+        download("https://127.0.0.1:1/file", str(path), "0" * 64)  # no server there
 
 
 def test_a_file_is_downloaded_once(tmp_path):
-    source, path = tmp_path / "source", tmp_path / "data" / "file"
+    source = tmp_path / "source"
+    path = tmp_path / "data" / "file"
     source.write_bytes(b"content")
     sha256 = hashlib.sha256(b"content").hexdigest()
     download(source.as_uri(), str(path), sha256)
@@ -315,8 +369,9 @@ def test_a_file_is_downloaded_once(tmp_path):
 def test_a_wrong_file_that_is_already_there_is_named_and_kept(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"<html>")
+    sha256 = hashlib.sha256(b"content").hexdigest()
     with pytest.raises(SystemExit, match=f"{path} .*: delete it"):
-        download("https://127.0.0.1:1/file", str(path), hashlib.sha256(b"content").hexdigest())
+        download("https://127.0.0.1:1/file", str(path), sha256)
     assert path.read_bytes() == b"<html>"
 
 
@@ -542,7 +597,7 @@ def test_the_search_returns_the_least_squares_solution_for_its_units():
     w, b, a = parity.search(x, targets, width=2, n_starts=50, n_rounds=2, n_steps=20)
     units = parity.hidden_units(x, w, b)
     residual = units @ a - targets
-    assert (units.T @ residual).abs().max() < 1e-6                         # orthogonal to every unit
+    assert (units.T @ residual).abs().max() < 1e-6                         # orthogonal to all
     assert residual.square().sum() < targets.square().sum()
 
 
@@ -694,47 +749,59 @@ def one_hot(*digits):
     return F.one_hot(torch.tensor([digits]), 3).double()
 
 
+def wild_counter(*options, std=2.0):
+    """A counting model for digits 0, 1, 2 with large random weights, in float64."""
+    return wild(counting.CountingModel(3, *options).double(), std)
+
+
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 def test_the_counting_model_is_the_plain_formula(activation):
-    model = wild(counting.CountingModel(3, 6, 4, activation).double(), 2.0)
+    model = wild_counter(6, 4, activation)
     digits = [2, 0, 0, 1, 2]
     logits, weights = model(one_hot(*digits))
     p = {name: value.detach() for name, value in model.named_parameters()}
+    keys = [p["key.weight"][:, d] + p["key.bias"] for d in digits]
+    values = [p["value.weight"][:, d] + p["value.bias"] for d in digits]
     for v, query in enumerate(p["query"][0]):
-        scores = [query @ (p["key.weight"][:, d] + p["key.bias"]) / math.sqrt(4) for d in digits]
+        scores = [query @ key / math.sqrt(4) for key in keys]
         row = torch.tensor([1 / (1 + math.exp(-score)) for score in scores]).double()
         if activation == "softmax":
             exponentials = torch.tensor([math.exp(score) for score in scores]).double()
             row = exponentials / exponentials.sum()
         assert torch.allclose(weights[0, v], row)
         x = query.clone()
-        for weight, d in zip(row, digits):
-            x += weight * (p["value.weight"][:, d] + p["value.bias"])
-        x = (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() * p["norm.weight"] + p["norm.bias"]
-        assert torch.allclose(logits[0, v], p["out.weight"] @ x + p["out.bias"])
+        for weight, value in zip(row, values):
+            x += weight * value
+        deviation = (x.var(correction=0) + 1e-5).sqrt()
+        x = (x - x.mean()) / deviation
+        x = x * p["norm.weight"] + p["norm.bias"]
+        expected = p["out.weight"] @ x + p["out.bias"]
+        assert torch.allclose(logits[0, v], expected)
 
 
 def test_under_softmax_a_sequence_written_twice_has_the_same_logits():
-    model = wild(counting.CountingModel(3, 10, 8, "softmax").double(), 2.0)
+    model = wild_counter(10, 8, "softmax")
     once, _ = model(one_hot(0, 1, 1, 2, 1))
     twice, _ = model(one_hot(0, 1, 1, 2, 1, 0, 1, 1, 2, 1))
     assert torch.allclose(once, twice)
 
 
 def test_under_sigmoid_a_sequence_written_twice_has_other_logits():
-    model = wild(counting.CountingModel(3, 10, 8, "sigmoid").double(), 2.0)
+    model = wild_counter(10, 8, "sigmoid")
     once, _ = model(one_hot(0, 1, 1, 2, 1))
     twice, _ = model(one_hot(0, 1, 1, 2, 1, 0, 1, 1, 2, 1))
     assert (once - twice).abs().max() > 1
 
 
 def test_the_order_of_the_digits_has_no_effect():
-    model = wild(counting.CountingModel(3, 10, 8).double(), 2.0)
-    assert torch.allclose(model(one_hot(0, 1, 1, 2, 1))[0], model(one_hot(1, 2, 1, 0, 1))[0])
+    model = wild_counter(10, 8)
+    logits, _ = model(one_hot(0, 1, 1, 2, 1))
+    other_order, _ = model(one_hot(1, 2, 1, 0, 1))
+    assert torch.allclose(logits, other_order)
 
 
 def test_weights_half_as_large_with_values_twice_as_large_give_the_same_logits(monkeypatch):
-    model = wild(counting.CountingModel(3, 10, 8).double())
+    model = wild_counter(10, 8, std=0.5)
     expected, weights = model(one_hot(0, 1, 1, 2, 1))
 
     def half(q, k, v, activation):
@@ -746,39 +813,51 @@ def test_weights_half_as_large_with_values_twice_as_large_give_the_same_logits(m
         model.value.weight.mul_(2)
         model.value.bias.mul_(2)
     logits, halves = model(one_hot(0, 1, 1, 2, 1))
-    assert torch.allclose(logits, expected) and torch.allclose(2 * halves, weights)
+    assert torch.allclose(logits, expected)
+    assert torch.allclose(2 * halves, weights)
 
 
-def test_under_softmax_without_layernorm_a_logit_is_linear_in_the_weight_of_the_0s_with_one_slope_for_all_queries():
-    model = wild(counting.CountingModel(3, 10, 8, "softmax").double(), 2.0)
+def test_softmax_without_layernorm_makes_logits_linear_in_the_weight_of_the_0s_with_one_slope():
+    model = wild_counter(10, 8, "softmax")
     model.norm = nn.Identity()
     slopes = []
     for n_zeros in range(10):
-        logits, weights = model(one_hot(*[0] * n_zeros, *[1] * (10 - n_zeros)))
-        more, more_weights = model(one_hot(*[0] * (n_zeros + 1), *[1] * (9 - n_zeros)))
-        w = weights[0, :, :n_zeros].sum(dim=1, keepdim=True)               # (3, 1), one for each query
+        digits = [0] * n_zeros + [1] * (10 - n_zeros)
+        logits, weights = model(one_hot(*digits))
+        digits[n_zeros] = 0  # one more
+        more, more_weights = model(one_hot(*digits))
+        # (3, 1), one for each query
+        w = weights[0, :, :n_zeros].sum(dim=1, keepdim=True)
         more_w = more_weights[0, :, :n_zeros + 1].sum(dim=1, keepdim=True)
         assert (more_w > w).all()
-        steep = (more_w - w).flatten() > 1e-3                              # skip a division by almost 0
-        slopes.append(((more - logits)[0] / (more_w - w))[steep])          # (n, 11)
+        slope = (more - logits)[0] / (more_w - w)
+        steep = (more_w - w).flatten() > 1e-3  # skip a division by almost 0
+        slopes.append(slope[steep])  # (n, 11)
     slopes = torch.cat(slopes)
-    assert len(slopes) > 5 and torch.allclose(slopes, slopes[:1].expand_as(slopes))
+    assert len(slopes) > 5
+    assert torch.allclose(slopes, slopes[:1].expand_as(slopes))
 
 
 def softmax_that_counts():
-    """Softmax parameters, written by hand, that count all sequences of length 10.
-
-    All keys are 0, so every weight is 1 / 10, and the output is the sum of fraction * value. The query of a digit is
-    20 * common + 20 * value of the digit. So the squared length of the vector before LayerNorm grows with the count of
-    the digit, and LayerNorm, which divides by the length, makes the coordinate along `common` smaller.
     """
-    # rows of length 1, orthogonal to each other; basis[0] is constant, so the mean of the numbers of all others is 0
-    basis = torch.linalg.qr(torch.cat([torch.ones(16, 1), torch.randn(16, 15)], dim=1))[0].T
+    Softmax parameters, written by hand, that count all sequences of length 10.
+
+    All keys are 0, so every weight is 1 / 10, and the output is the sum of fraction * value.
+    The query of a digit is 20 * common + 20 * value of the digit. So the squared length of the
+    vector before LayerNorm grows with the count of the digit, and LayerNorm, which divides by
+    the length, makes the coordinate along `common` smaller.
+    """
+    # rows of length 1, orthogonal to each other
+    # basis[0] is constant, so the mean of the numbers of all others is 0
+    columns = torch.cat([torch.ones(16, 1), torch.randn(16, 15)], dim=1)
+    basis = torch.linalg.qr(columns)[0].T
     common = basis[1]
     values = basis[2:5]
-    fraction = torch.arange(11) / 10                                       # of the digit; the others have equal parts
-    length = (400 + (20 + fraction) ** 2 + (1 - fraction) ** 2 / 2).sqrt()
-    height = 4 * 20 / length                                               # along `common`, after LayerNorm
+    # fraction of the digit; the others have equal parts
+    fraction = torch.arange(11) / 10
+    along_value = 20 + fraction
+    length = (400 + along_value ** 2 + (1 - fraction) ** 2 / 2).sqrt()
+    height = 4 * 20 / length  # along `common`, after LayerNorm
     model = counting.CountingModel(3, 10, 16, "softmax")
     with torch.no_grad():
         model.key.weight.zero_()
@@ -794,25 +873,33 @@ def softmax_that_counts():
 
 def test_with_layernorm_hand_written_softmax_parameters_count_all_sequences_of_length_10():
     model, _ = softmax_that_counts()
-    assert counting.accuracy(model, counting.all_sequences(10, 3), 3) == 1
+    sequences = counting.all_sequences(10, 3)
+    assert counting.accuracy(model, sequences, 3) == 1
 
 
 def test_these_parameters_are_as_far_from_the_start_of_training_as_the_appendix_says():
     model, height = softmax_that_counts()
     start = torch.cat([counting.CountingModel(3, 10, 16).query for _ in range(100)])
-    assert 6.5 < model.query.norm(dim=-1).mean() / start.norm(dim=-1).mean() < 7.5         # seven times as long
-    assert ((height[:-1] - height[1:]) * 1000).round().tolist() == [7] * 10                # 0.007 apart
+    start_length = start.norm(dim=-1).mean()
+    ratio = model.query.norm(dim=-1).mean() / start_length
+    assert 6.5 < ratio < 7.5  # seven times as long
+    steps = height[:-1] - height[1:]
+    assert (steps * 1000).round().tolist() == [7] * 10  # 0.007 apart
     assert model.out.weight.abs().max() > 10_000
 
 
 def test_all_combinations_of_counts_are_equally_frequent():
-    counts = F.one_hot(counting.make_sequences(66_000, 10, 3), 3).sum(dim=1)               # (66000, 3)
+    sequences = counting.make_sequences(66_000, 10, 3)
+    counts = F.one_hot(sequences, 3).sum(dim=1)  # (66000, 3)
     _, frequency = counts.unique(dim=0, return_counts=True)
-    assert len(frequency) == 66 and 850 < frequency.min() and frequency.max() < 1150
+    assert len(frequency) == 66
+    assert 850 < frequency.min()
+    assert frequency.max() < 1150
 
 
 def test_all_sequences_are_all_sequences():
-    assert sorted(counting.all_sequences(4, 3).tolist()) == [list(x) for x in itertools.product(range(3), repeat=4)]
+    expected = [list(digits) for digits in itertools.product(range(3), repeat=4)]
+    assert sorted(counting.all_sequences(4, 3).tolist()) == expected
     assert counting.all_sequences(1, 3).tolist() == [[0], [1], [2]]
 
 
@@ -820,7 +907,8 @@ def test_of_too_many_sequences_there_is_a_sample():
     assert counting.all_sequences(10, 10).shape == (20_000, 10)
 
 
-SHORT = ["--sequence_length", 5, "--steps", 400]         # of counting.py, for sequences of up to 5 digits
+# options of counting.py, for sequences of up to 5 digits
+SHORT = ["--sequence_length", 5, "--steps", 400]
 
 
 @pytest.fixture(scope="module")
@@ -835,52 +923,67 @@ def counted(tmp_path_factory):
 def test_a_short_training_counts_right_at_all_lengths(counted):
     _, values, output = counted
     assert values["scores"] == [1.0] * 5
-    assert result_of(output)["accuracy_all"] == 1 and result_of(output)["params"] == 310
+    result = result_of(output)
+    assert result["accuracy_all"] == 1
+    assert result["params"] == 310
 
 
 def test_the_accuracy_is_the_fraction_of_sequences_with_every_count_right(counted):
     _, values, _ = counted
     model = copy.deepcopy(values["model"])
     with torch.no_grad():
-        model.out.bias[2] -= 1000                          # it never answers 2, and counts all else right
+        model.out.bias[2] -= 1000  # it never answers 2, and counts all else right
     n_right = 0
     for digits in itertools.product(range(3), repeat=4):
-        n_right += 2 not in [digits.count(0), digits.count(1), digits.count(2)]
-    assert counting.accuracy(model, counting.all_sequences(4, 3), 3) == n_right / 81
+        counts = [digits.count(digit) for digit in range(3)]
+        n_right += 2 not in counts
+    sequences = counting.all_sequences(4, 3)
+    assert counting.accuracy(model, sequences, 3) == n_right / 81
 
 
 def test_each_query_attends_to_its_own_digit(counted):
     _, values, _ = counted
-    weights = values["weights"][0]                         # one query a row, one digit a column
+    weights = values["weights"][0]  # one query a row, one digit a column
     own = weights.diagonal()
     others = weights[~torch.eye(3, dtype=torch.bool)]
-    assert 0.2 < own.min() and own.max() < 0.7 and others.max() < 0.1
+    assert 0.2 < own.min()
+    assert own.max() < 0.7
+    assert others.max() < 0.1
 
 
 def test_the_vectors_of_the_counts_form_an_arc_whatever_the_other_digits_are(counted):
     _, values, _ = counted
     ones = counting.angles(values["model"], 1, 5)
     twos = counting.angles(values["model"], 2, 5)
-    assert ones[0] < 0.1 and ones.diff().min() > 3 and (ones - twos).abs().max() < 5
+    assert ones[0] < 0.1
+    assert ones.diff().min() > 3
+    assert (ones - twos).abs().max() < 5
 
 
 def test_the_angles_are_those_of_the_normalized_vectors_of_the_query_for_0():
     model = wild(counting.CountingModel(3, 4, 6))
     with torch.no_grad():
-        model.query += 2                                   # LayerNorm subtracts the mean again
-    x = torch.stack([F.one_hot(torch.tensor(d), 3).float() for d in ([2, 2, 2, 2], [0, 0, 2, 2])])
-    output, _ = attention(model.query, model.key(x), model.value(x), activation="sigmoid")
+        model.query += 2  # LayerNorm subtracts the mean again
+    digits = torch.tensor([[2, 2, 2, 2], [0, 0, 2, 2]])
+    x = F.one_hot(digits, 3).float()
+    key = model.key(x)
+    value = model.value(x)
+    output, _ = attention(model.query, key, value, activation="sigmoid")
     vectors = (output + model.query)[:, 0]
     vectors = vectors - vectors.mean(dim=1, keepdim=True)
-    expected = torch.rad2deg(torch.acos(F.cosine_similarity(vectors[0], vectors[1], dim=0)))
-    assert abs(counting.angles(model, 2, 4)[2] - expected) < 0.1
+    cosine = F.cosine_similarity(vectors[0], vectors[1], dim=0)
+    expected = torch.rad2deg(torch.acos(cosine))
+    angle = counting.angles(model, 2, 4)[2]
+    assert abs(angle - expected) < 0.1
 
 
 def test_a_sequence_is_counted_with_the_saved_model(counted, capsys):
     folder, _, _ = counted
     _, output = run("counting.py", *SHORT, "--sequence", "2, 1 2", "--out_dir", folder)
-    assert "sequence: 2 1 2  true counts: 0 1 2\nsigmoid: counts 0 1 2\n" in output and "step 0" not in output
-    assert capsys.readouterr().err == f"loaded {folder / 'counting_sigmoid.pt'}, trained for 400 steps\n"
+    assert "sequence: 2 1 2  true counts: 0 1 2\nsigmoid: counts 0 1 2\n" in output
+    assert "step 0" not in output
+    loaded = f"loaded {folder / 'counting_sigmoid.pt'}, trained for 400 steps\n"
+    assert capsys.readouterr().err == loaded
 
 
 def test_a_sequence_may_contain_all_digits(counted):
@@ -898,9 +1001,10 @@ def test_a_sequence_may_have_the_maximum_length(counted):
 def test_softmax_has_weights_of_its_own_and_is_trained_first(counted):
     folder, _, _ = counted
     saved = (folder / "counting_sigmoid.pt").read_bytes()
-    _, output = run("counting.py", "--sequence_length", 5, "--steps", 2, "--activation", "softmax", "--sequence", 0,
-                    "--out_dir", folder)
-    assert "step 0/2: loss" in output and (folder / "counting_softmax.pt").exists()
+    options = ["--sequence_length", 5, "--steps", 2, "--activation", "softmax"]
+    _, output = run("counting.py", *options, "--sequence", 0, "--out_dir", folder)
+    assert "step 0/2: loss" in output
+    assert (folder / "counting_softmax.pt").exists()
     assert (folder / "counting_sigmoid.pt").read_bytes() == saved
 
 
@@ -909,17 +1013,27 @@ def test_weights_of_other_options_are_named_and_kept(counted, option):
     folder, _, _ = counted
     path = folder / "counting_sigmoid.pt"
     saved = path.read_bytes()
-    with pytest.raises(SystemExit, match=f"{path} was trained with --vocab_size 3 --sequence_length 5 --hidden 16"):
-        run("counting.py", *SHORT, "--sequence", "2", *option.split(), "--out_dir", folder)
+    trained = "--vocab_size 3 --sequence_length 5 --hidden 16"
+    options = [*SHORT, "--sequence", "2", *option.split(), "--out_dir", folder]
+    with pytest.raises(SystemExit, match=f"{path} was trained with {trained}"):
+        run("counting.py", *options)
     assert path.read_bytes() == saved
 
 
-@pytest.mark.parametrize("damage", [lambda x: b"", lambda x: x[:1000], lambda x: x[:-1000], lambda x: b"<html>" + x],
-                         ids=["empty", "the first part", "without the end", "something before it"])
+DAMAGES = {
+    "empty": lambda x: b"",
+    "the first part": lambda x: x[:1000],
+    "without the end": lambda x: x[:-1000],
+    "something before it": lambda x: b"<html>" + x,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_damaged_weights_give_one_sentence_and_are_kept(counted, damage, tmp_path):
     folder, _, _ = counted
     path = tmp_path / "counting_sigmoid.pt"
-    damaged = damage((folder / "counting_sigmoid.pt").read_bytes())
+    intact = (folder / "counting_sigmoid.pt").read_bytes()
+    damaged = damage(intact)
     path.write_bytes(damaged)
     with pytest.raises(SystemExit, match=f"cannot load {path} .*: delete it and train again"):
         run("counting.py", *SHORT, "--sequence", "0", "--out_dir", tmp_path)
@@ -929,18 +1043,30 @@ def test_damaged_weights_give_one_sentence_and_are_kept(counted, damage, tmp_pat
 def test_one_length_trains_on_sequences_of_that_length_only(monkeypatch):
     lengths = []
     make_sequences = counting.make_sequences
-    monkeypatch.setattr(counting, "make_sequences", lambda n, T, *rest: lengths.append(T) or make_sequences(n, T, *rest))
-    args = argparse.Namespace(vocab_size=3, sequence_length=4, hidden=4, device="cpu", lr=0.01, steps=40, batch_size=2)
+
+    def recorded(n, T, *rest):
+        lengths.append(T)
+        return make_sequences(n, T, *rest)
+
+    monkeypatch.setattr(counting, "make_sequences", recorded)
+    sizes = {"vocab_size": 3, "sequence_length": 4, "hidden": 4}
+    args = argparse.Namespace(**sizes, device="cpu", lr=0.01, steps=40, batch_size=2)
     counting.train(args, "sigmoid", all_lengths=False)
     assert lengths == [4] * 80
     lengths.clear()
     counting.train(args, "sigmoid", all_lengths=True)
-    assert lengths[::2] == [4] * 40 and set(lengths[1::2]) == {1, 2, 3, 4}
+    assert lengths[::2] == [4] * 40
+    assert set(lengths[1::2]) == {1, 2, 3, 4}
 
 
 def optimizer_steps(monkeypatch):
-    """Train for 100 steps; returns the groups of parameters that Adam gets and the learning rate of each step."""
-    groups, rates = [], []
+    """
+    Train for 100 steps.
+
+    Returns the model, the groups of parameters that Adam gets and the learning rate of each step.
+    """
+    groups = []
+    rates = []
 
     class Adam(torch.optim.Adam):
         def step(self, *arguments):
@@ -949,54 +1075,95 @@ def optimizer_steps(monkeypatch):
             return super().step(*arguments)
 
     monkeypatch.setattr(torch.optim, "Adam", Adam)
-    args = argparse.Namespace(vocab_size=3, sequence_length=4, hidden=4, device="cpu", lr=0.03, steps=100, batch_size=2)
-    return counting.train(args, "sigmoid"), groups, rates
+    sizes = {"vocab_size": 3, "sequence_length": 4, "hidden": 4}
+    args = argparse.Namespace(**sizes, device="cpu", lr=0.03, steps=100, batch_size=2)
+    model = counting.train(args, "sigmoid")
+    return model, groups, rates
 
 
 def test_the_learning_rate_rises_and_falls_and_is_half_its_peak_on_average(monkeypatch):
     _, _, rates = optimizer_steps(monkeypatch)
     peak = rates.index(max(rates))
-    assert rates[:peak + 1] == sorted(rates[:peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert max(rates) == pytest.approx(0.03, rel=0.01) and rates[-1] < 1e-5
-    assert sum(rates) / 100 == pytest.approx(0.015, rel=0.03)              # so 1,000 steps add up to 15
+    rise = rates[:peak + 1]
+    fall = rates[peak:]
+    assert rise == sorted(rise)
+    assert fall == sorted(fall, reverse=True)
+    assert max(rates) == pytest.approx(0.03, rel=0.01)
+    assert rates[-1] < 1e-5
+    # so 1,000 steps add up to 15
+    assert sum(rates) / 100 == pytest.approx(0.015, rel=0.03)
 
 
 def test_only_the_key_layer_has_weight_decay(monkeypatch):
     model, groups, _ = optimizer_steps(monkeypatch)
-    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    expected = {id(p): 1e-3 if name.startswith("key.") else 0 for name, p in model.named_parameters()}
+    decay = {}
+    for group in groups:
+        for p in group["params"]:
+            decay[id(p)] = group["weight_decay"]
+    expected = {}
+    for name, p in model.named_parameters():
+        expected[id(p)] = 1e-3 if name.startswith("key.") else 0
     assert decay == expected
 
 
-def test_the_heatmap_is_labelled_with_the_models_counts_and_marked_where_a_row_should_be_bright(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(counting, "plot_attention", lambda *arguments, **options: drawn.append((arguments, options)))
+def test_the_heatmap_is_labelled_with_the_models_counts_and_marked_where_a_row_should_be_bright(
+    monkeypatch,
+):
+    calls = []
+
+    def plot_attention(*arguments, **options):
+        calls.append((arguments, options))
+
+    monkeypatch.setattr(counting, "plot_attention", plot_attention)
     model = counting.CountingModel(3, 4, 8)
     with torch.no_grad():
-        model.out.bias[3] = 1000                           # it always answers 3
+        model.out.bias[3] = 1000  # it always answers 3
     counting.show_counts([model], ["title"], [1, 1, 2], 3, "path")
-    (weights, x_labels, y_labels, *_), options = drawn[0]
-    assert weights.shape == (1, 3, 3) and x_labels == [1, 1, 2]
+    arguments, options = calls[0]
+    weights = arguments[0]
+    x_labels = arguments[1]
+    y_labels = arguments[2]
+    assert weights.shape == (1, 3, 3)
+    assert x_labels == [1, 1, 2]
     assert y_labels == [["0: 3 (true 0)", "1: 3 (true 2)", "2: 3 (true 1)"]]
     assert options["marks"].int().tolist() == [[[0, 0, 0], [1, 1, 0], [0, 0, 1]]]
 
 
 def compared(monkeypatch, tmp_path):
-    """Run `compare` with models that are not trained; returns what it returns, all models and those that it shows."""
-    fake = {("sigmoid", False): 0.1, ("sigmoid", True): 0.2, ("softmax", False): 0.3, ("softmax", True): 0.4}
-    models, shown = [], []
+    """
+    Run `compare` with models that are not trained.
+
+    Returns what it returns, all models and those that it shows.
+    """
+    fake = {
+        ("sigmoid", False): 0.1,
+        ("sigmoid", True): 0.2,
+        ("softmax", False): 0.3,
+        ("softmax", True): 0.4,
+    }
+    models = []
+    shown = []
 
     def train(args, *how):
         model = counting.CountingModel(3, 4, 8)
-        model.how, model.seed = how, torch.initial_seed()
+        model.how = how
+        model.seed = torch.initial_seed()
         models.append(model)
         return model
 
+    def accuracy(model, digits, V):
+        return fake[model.how] + digits.size(1)
+
+    def show_counts(models, titles, *rest):
+        shown.extend(zip(models, titles))
+
     monkeypatch.setattr(counting, "train", train)
-    monkeypatch.setattr(counting, "accuracy", lambda model, digits, V: fake[model.how] + digits.size(1))
-    monkeypatch.setattr(counting, "show_counts", lambda *arguments: shown.extend(zip(*arguments[:2])))
-    args = argparse.Namespace(vocab_size=3, sequence_length=4, seed=7, out_dir=str(tmp_path))
-    return counting.compare(args, [0, 1, 2]), models, shown
+    monkeypatch.setattr(counting, "accuracy", accuracy)
+    monkeypatch.setattr(counting, "show_counts", show_counts)
+    out_dir = str(tmp_path)
+    args = argparse.Namespace(vocab_size=3, sequence_length=4, seed=7, out_dir=out_dir)
+    accuracies = counting.compare(args, [0, 1, 2])
+    return accuracies, models, shown
 
 
 def test_compare_returns_the_accuracies_of_models_trained_at_all_lengths(monkeypatch, tmp_path):
@@ -1008,15 +1175,25 @@ def test_compare_trains_three_seeds_and_shows_the_first(monkeypatch, tmp_path):
     _, models, shown = compared(monkeypatch, tmp_path)
     assert [model.seed for model in models] == [7, 8, 9] * 4
     assert [(model.seed, *model.how, title) for model, title in shown] == [
-        (7, "sigmoid", False, "sigmoid, trained at length 4"), (7, "sigmoid", True, "sigmoid, trained at lengths 1-4"),
-        (7, "softmax", False, "softmax, trained at length 4"), (7, "softmax", True, "softmax, trained at lengths 1-4")]
+        (7, "sigmoid", False, "sigmoid, trained at length 4"),
+        (7, "sigmoid", True, "sigmoid, trained at lengths 1-4"),
+        (7, "softmax", False, "softmax, trained at length 4"),
+        (7, "softmax", True, "softmax, trained at lengths 1-4"),
+    ]
 
 
 def test_compare_prints_a_row_for_each_training_and_saves_a_figure_only(tmp_path):
-    _, output = run("counting.py", "--sequence_length", 3, "--steps", 2, "--compare", "--out_dir", tmp_path)
-    rows = re.findall(r"^(sigmoid|softmax) +(lengths? \S+) \|(?: [01]\.\d{3}){3} \| \d of 3 seeds$", output, re.M)
-    assert rows == [("sigmoid", "length 3"), ("sigmoid", "lengths 1-3"),
-                    ("softmax", "length 3"), ("softmax", "lengths 1-3")]
+    options = ["--sequence_length", 3, "--steps", 2, "--compare"]
+    _, output = run("counting.py", *options, "--out_dir", tmp_path)
+    training = r"(sigmoid|softmax) +(lengths? \S+)"
+    numbers = r"(?: [01]\.\d{3}){3} \| \d of 3 seeds"
+    rows = re.findall(rf"^{training} \|{numbers}$", output, re.M)
+    assert rows == [
+        ("sigmoid", "length 3"),
+        ("sigmoid", "lengths 1-3"),
+        ("softmax", "length 3"),
+        ("softmax", "lengths 1-3"),
+    ]
     assert set(result_of(output)) == {"accuracy_all", "accuracy_all_softmax", "seconds"}
     assert os.listdir(tmp_path) == ["counting_compare.png"]
 
@@ -1170,7 +1347,8 @@ The king visited the clever teacher yesterday.
 13 Einen klugen Mann hat das müde Kind gestern besucht. | \
 The tired child visited a clever man yesterday.
 16 Den jungen Fuchs jagt die Katze. | The cat chases the young fox.
-17 Heute kann ein Bäcker den kleinen Regenschirm malen. | Today a baker can paint the small umbrella.
+17 Heute kann ein Bäcker den kleinen Regenschirm malen. | \
+Today a baker can paint the small umbrella.
 19 Die freundliche Frau hat gestern die neue Uhr getragen. | \
 The friendly woman carried the new clock yesterday."""
 
@@ -2097,7 +2275,7 @@ def test_the_unscaled_jacobian_fools_images_that_the_network_is_less_confident_a
 # --------------------------------------------------------------------------------------------------
 # saliency.py: the script, and photographs
 @pytest.fixture(scope="module")
-def short_training(tmp_path_factory):
+def short_saliency_training(tmp_path_factory):
     """The globals, the output and the folder of a training of three steps."""
     folder = tmp_path_factory.mktemp("saliency")
     values, output = run("saliency.py", "--steps", 3, "--batch_size", 8, "--n_images", 20,
@@ -2105,29 +2283,31 @@ def short_training(tmp_path_factory):
     return values, output, folder
 
 
-def test_the_saved_weights_are_those_of_the_training(short_training):
-    values, _, folder = short_training
+def test_the_saved_weights_are_those_of_the_training(short_saliency_training):
+    values, _, folder = short_saliency_training
     loaded = saliency.load_model(folder / "saliency.pt").state_dict()
     assert all(torch.equal(value, loaded[name])
                for name, value in values["model"].state_dict().items())
 
 
-def test_a_training_draws_three_figures(short_training):
-    _, _, folder = short_training
+def test_a_training_draws_three_figures(short_saliency_training):
+    _, _, folder = short_saliency_training
     figures = ["saliency_adversarial.png", "saliency_mean.png", "saliency_samples.png"]
     assert sorted(path.name for path in folder.glob("*.png")) == figures
 
 
-def test_loading_the_weights_prints_the_numbers_that_training_printed(short_training, tmp_path):
-    _, trained, folder = short_training
+def test_loading_the_weights_prints_and_draws_what_training_did(short_saliency_training, tmp_path):
+    _, trained, folder = short_saliency_training
     _, loaded = run("saliency.py", "--load", folder / "saliency.pt", "--n_images", 20,
                     "--out_dir", tmp_path)
     assert loaded.startswith("20 new images")
     assert loaded[:loaded.index("saved")] in trained
+    for path in folder.glob("*.png"):
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
 
 
-def test_the_loss_of_step_0_is_nearly_that_of_a_uniform_prediction(short_training):
-    _, output, _ = short_training
+def test_the_loss_of_step_0_is_nearly_that_of_a_uniform_prediction(short_saliency_training):
+    _, output, _ = short_saliency_training
     loss, uniform = re.findall(r"\d\.\d+", output.splitlines()[0])
     assert uniform == "1.3863" and float(loss) == pytest.approx(float(uniform), abs=0.3)
 
@@ -2410,7 +2590,8 @@ def test_every_file_that_the_readme_links_to_exists_and_every_figure_is_shown():
 
 
 def test_every_function_that_the_readme_names_for_the_exercise_sheets_exists():
-    names = re.findall(r"`(\w+)`", read("README.md").split("## The exercise sheets")[1])
+    section = read("README.md").split("## The exercise sheets")[1].split("## Exercises")[0]
+    names = re.findall(r"`(\w+)`", section)
     source = "".join(read(script) for script in SCRIPTS)
     assert len(names) > 10
     for name in names:
