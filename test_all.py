@@ -1078,12 +1078,14 @@ def test_a_training_draws_three_figures(short_training):
     assert sorted(path.name for path in folder.glob("*.png")) == figures
 
 
-def test_loading_the_weights_prints_the_numbers_that_training_printed(short_training, tmp_path):
+def test_loading_the_weights_prints_and_draws_what_training_did(short_training, tmp_path):
     _, trained, folder = short_training
     _, loaded = run("saliency.py", "--load", folder / "saliency.pt", "--n_images", 20,
                     "--out_dir", tmp_path)
     assert loaded.startswith("20 new images")
     assert loaded[:loaded.index("saved")] in trained
+    for path in folder.glob("*.png"):
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
 
 
 def test_the_loss_of_step_0_is_nearly_that_of_a_uniform_prediction(short_training):
