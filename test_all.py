@@ -2296,8 +2296,8 @@ def test_a_training_draws_three_figures(short_saliency_training):
     assert sorted(path.name for path in folder.glob("*.png")) == figures
 
 
-def test_loading_the_weights_prints_and_draws_what_training_did(short_saliency_training, tmp_path):
-    _, trained, folder = short_saliency_training
+def test_loading_the_weights_prints_and_draws_what_training_did(short_training, tmp_path):
+    _, trained, folder = short_training
     _, loaded = run("saliency.py", "--load", folder / "saliency.pt", "--n_images", 20,
                     "--out_dir", tmp_path)
     assert loaded.startswith("20 new images")
