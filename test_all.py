@@ -508,6 +508,12 @@ def test_the_curve_has_one_loss_and_one_accuracy_for_each_step(short_training):
     assert (folder / "parity_curve.png").exists()
 
 
+def test_the_training_stops_after_five_low_losses_in_a_row(short_training):
+    losses = short_training[0]["losses"]
+    low = "".join("1" if loss < 0.002 else "0" for loss in losses)
+    assert low.index("11111") == len(losses) - 5 < 195
+
+
 def test_the_same_seed_trains_the_same_model(tmp_path):
     options = ["--seq_len", 4, "--steps", 5, "--batch_size", 20, "--out_dir", tmp_path]
     first, _ = run("parity.py", *options)
@@ -516,20 +522,24 @@ def test_the_same_seed_trains_the_same_model(tmp_path):
         assert torch.equal(p, q)
 
 
-def test_the_validation_strings_are_not_trained_on(tmp_path, monkeypatch):
-    """Seen by the first embedding: 8 of 10 strings in each step, the other 2 once, at the end."""
-    batches = []
+@pytest.mark.parametrize("batch_size", [3, 800])
+def test_a_batch_is_a_part_of_the_training_strings(batch_size, tmp_path, monkeypatch):
+    """Seen by the embedding: a batch of the first 8 of 10 strings, the other 2 at the end."""
+    seen = []
     embed = nn.Embedding.forward
 
     def _embed(self, tokens):
-        batches.append(tokens)
+        seen.append(tokens)
         return embed(self, tokens)
     monkeypatch.setattr(nn.Embedding, "forward", _embed)
-    values, _ = run("parity.py", "--n_samples", 10, "--steps", 1, "--out_dir", tmp_path)
+    values, _ = run("parity.py", "--n_samples", 10, "--steps", 1, "--batch_size", batch_size,
+                    "--out_dir", tmp_path)
     x = values["x"]
-    assert any(torch.equal(tokens, x[:8]) for tokens in batches)
-    assert any(torch.equal(tokens, x[8:]) for tokens in batches)
-    assert {len(tokens) for tokens in batches} == {8, 2, 11}               # 11: one for each count
+    rows = values["rows"]
+    assert len(rows) == min(batch_size, 8)
+    assert rows.max() < 8
+    assert torch.equal(seen[0], x[rows])
+    assert any(torch.equal(tokens, x[8:]) for tokens in seen[1:])
 
 
 @pytest.mark.parametrize("options, message", [
@@ -2296,8 +2306,8 @@ def test_a_training_draws_three_figures(short_saliency_training):
     assert sorted(path.name for path in folder.glob("*.png")) == figures
 
 
-def test_loading_the_weights_prints_and_draws_what_training_did(short_training, tmp_path):
-    _, trained, folder = short_training
+def test_loading_the_weights_prints_and_draws_what_training_did(short_saliency_training, tmp_path):
+    _, trained, folder = short_saliency_training
     _, loaded = run("saliency.py", "--load", folder / "saliency.pt", "--n_images", 20,
                     "--out_dir", tmp_path)
     assert loaded.startswith("20 new images")
