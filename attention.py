@@ -49,10 +49,11 @@ def attention_loops(queries, keys, values):
             score = sum(a * b for a, b in zip(query, key))                 # the dot product
             weights.append(math.exp(score / math.sqrt(len(key))))
         total = sum(weights)
+        weights = [weight / total for weight in weights]                   # now they sum to 1
         output = [0.0] * len(values[0])
         for weight, value in zip(weights, values):
             for i in range(len(value)):
-                output[i] += weight / total * value[i]
+                output[i] += weight * value[i]
         outputs.append(output)
     return outputs
 
@@ -67,10 +68,11 @@ def attention_loops(queries, keys, values):
 #     weights = softmax(scores)            each row becomes positive and sums to 1
 #     output = weights @ v                 each row is a weighted mean of the values
 #
-# Why divide by sqrt(d_k)? The dot product of two random vectors is a sum of d_k terms. If each term
-# has standard deviation 1, their sum has standard deviation sqrt(d_k), and dividing by sqrt(d_k)
-# brings it back to 1. Without the division, the scores of wide vectors are large: softmax gives one
-# key a weight near 1 and all others a weight near 0, and hardly any gradient gets through.
+# Why divide by sqrt(d_k)? The dot product of two random vectors is a sum of d_k terms. If they are
+# independent and have variance 1, their sum has variance d_k. So its standard deviation is
+# sqrt(d_k), and dividing by sqrt(d_k) brings it back to 1. Without the division, the scores of wide
+# vectors are large: softmax gives one key a weight near 1 and all others a weight near 0, and
+# hardly any gradient gets through.
 #
 # Where do q, k and v come from? From learned linear maps. In self-attention, all three are linear
 # maps of the same x: each token gets a query (what it looks for), a key (what it can be found by)
@@ -96,7 +98,7 @@ def attention(q, k, v, mask=None, activation="softmax"):
     A query that may attend to nothing gets zeros. `activation` is "softmax" or "sigmoid".
     """
     assert activation in ("softmax", "sigmoid"), activation
-    # F.scaled_dot_product_attention would silently add a mask of numbers to the scores
+    # F.scaled_dot_product_attention would add a mask of numbers like 0.0 and 1.0 to the scores
     assert mask is None or mask.dtype == torch.bool, "mask must be boolean, True = may attend"
 
     # Divide q, not the product: in half precision the product could overflow before the division.

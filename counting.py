@@ -112,7 +112,7 @@ def train(args, activation, all_lengths=True, verbose=False):
     """Train a model: half of each batch has length L, the other half a random length up to L.
 
     Without `all_lengths` all sequences have length L. Then 3 zeros always come with 7 other digits,
-    and a query can just as well attend to every other digit. Several lengths rule that out.
+    and the query for 0 can just as well attend to everything but 0s. Several lengths rule that out.
     """
     V = args.vocab_size
     L = args.sequence_length
@@ -169,16 +169,18 @@ def train(args, activation, all_lengths=True, verbose=False):
 # --------------------------------------------------------------------------------------------------
 # What it has learned
 #
-# The weights (`show_counts`). After the default run, each query gives its own digit a weight of
-# 0.40 to 0.44 and every other digit 0.01. Why not 1 and 0? What enters the sum is weight * value:
-# weights half as large give the same sum if the values are twice as large, so the loss has no
-# preference for 1. The others must be near 0, because a 1 in the sequence must not change the
-# number of 0s. But a sigmoid is exactly 0 only for a score of minus infinity.
+# The weights (plotted by `show_counts`, printed at the end). After the default run, each query
+# gives its own digit a weight of 0.40 to 0.44 and every other digit 0.01. Why not 1 and 0? What
+# enters the sum is weight * value: weights half as large give the same sum if the values are twice
+# as large, so the loss has no preference for 1. The others must be near 0, because a 1 in the
+# sequence must not change the number of 0s. But a sigmoid is exactly 0 only for a score of minus
+# infinity.
 #
 # The count (`angles`). How does it get through LayerNorm and a single linear layer? If the query
 # for 0 attends to 0s alone, the vector before LayerNorm is
 #     query[0] + count * weight * value(0).
-# As the count grows, this vector moves along a straight line in equal steps. LayerNorm (without its
+# As the count grows, this vector moves along a straight line in equal steps. LayerNorm subtracts
+# the mean, which keeps the line straight, and divides by the standard deviation, which (before its
 # scale and bias) gives all these vectors the same length. They become points on a sphere, at these
 # angles to the first one (printed by the default run):
 #     count     0    1    2    3    4    5    6    7    8    9   10

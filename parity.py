@@ -10,7 +10,7 @@ the ten bits say nothing about it. The loss stays at that of a coin flip for a h
 anything happens, and then drops to zero within another hundred or two.
 
 The model has no position embeddings, so it sees only the fraction of ones, not their order (the
-reasons stand at the classifier below). To it the 1,024 strings of length 10 are just 11 different
+comment at the classifier says why). To it the 1,024 strings of length 10 are just 11 different
 inputs, one for each number of ones. So 11 strings are enough to compute the accuracy on all 1,024,
 and validation proves little: nearly every validation string is a training string in another order.
 
@@ -229,9 +229,9 @@ def plot_curve(losses, accuracies, path):
 # can get all strings right is not known.
 #
 # The search below finds them, with x = 2c/T - 1 in place of c. Each network is a width, a number of
-# blocks, and the numbers of ones that it may get wrong. With 5 sign changes at least three of them
-# are wrong. 0, 2 and 9 cost least: they stand for only 1 + 45 + 10 strings. Width 3 may miss
-# 1111111111.
+# blocks, and the numbers of ones that it may get wrong. With 5 sign changes, at least three of
+# these numbers are wrong, because each wrong one saves at most two changes. 0, 2 and 9 cost least:
+# they stand for only 1 + 45 + 10 strings. Width 3 may miss 1111111111.
 NETWORKS = [
     (2, 0, [0, 2, 9]),
     (3, 0, [10]),

@@ -6,8 +6,8 @@ changes a little, how much does the loss change? The answer is the Jacobian of t
 to the image. Where it is large, the network is sensitive (saliency), and a small step along its
 signs can fool the network (adversarial example).
 
-This is in a repository about attention because the gradient is the implicit attention of the
-exercise: translate.py measures it against explicit attention weights where the right answer is
+This is in a repository about attention because the gradient is a form of implicit attention:
+translate.py measures it against explicit attention weights where the right answer is
 known.
 
 The script draws its own images, one simple shape on a cluttered background, and trains a small
@@ -88,8 +88,9 @@ def cross_entropy(logits, target):
     """The loss -log p(target) of each image, (B,). Its gradient is exact even if p is nearly 1.
 
     F.cross_entropy computes its gradient from p - 1, which float32 rounds to 0 if p is within 6e-8
-    of 1. Write softmax as p = 1 / (1 + e^z), where z is the log of the sum of e^logit over the
-    other classes, minus the target's logit. Then the loss is log(1 + e^z), which is softplus(z).
+    of 1. Let t be the target's logit and S the sum of e^logit over the other classes. Then
+    p = e^t / (e^t + S) = 1 / (1 + e^z) with z = log(S) - t, and the loss is log(1 + e^z),
+    which is softplus(z).
     """
     is_target = F.one_hot(target, logits.size(1)).bool()                    # (B, n_classes)
     others = logits.masked_fill(is_target, -math.inf).logsumexp(dim=1)      # (B,)
@@ -103,7 +104,10 @@ def cross_entropy(logits, target):
 # vector: it shows where a change matters, but not in which direction. (Simonyan et al. take the
 # maximum over colors, and the gradient of the target's logit instead of the loss.)
 def saliency_map(gradient):
-    """Gradient (B, 3, H, W) -> saliency (B, H, W): L2 norm over colors, rescaled to [0, 1]."""
+    """Gradient (B, 3, H, W) -> saliency (B, H, W): L2 norm over colors, rescaled to [0, 1].
+
+    0 is the least sensitive pixel of the image, not a pixel without influence.
+    """
     norm = scale_to_1(gradient).norm(dim=1)                                 # (B, H, W)
     low = norm.amin(dim=(1, 2), keepdim=True)                               # (B, 1, 1)
     high = norm.amax(dim=(1, 2), keepdim=True)                              # (B, 1, 1)
@@ -142,13 +146,14 @@ def scale_to_1(gradient):
 # signs show what a change of the same size does without the gradient. With L1 = sum of |g|,
 # L2 = sqrt(sum of g^2) and Linf = max |g|, the last numbers are L1, L2^2 / Linf and L2.
 #
-# With three values they are similar. But if all n values of g have the same magnitude a, then L1 is
-# n * a and L2 is only sqrt(n) * a. For n = 3,072 the sign step increases the loss by 55 times as
-# much as typical random signs: many changes that are too small to see add up.
+# With three values these numbers are similar. But if all n values of g have the same magnitude a,
+# then L1 is n * a and L2 is only sqrt(n) * a. In this best case, for n = 3,072, the sign step
+# increases the loss by 55 = sqrt(n) times as much as typical random signs: many changes that are
+# too small to see add up.
 #
 # What if we add the Jacobian as it is? The derivative of the loss with respect to the target's
-# logit is p(target) - 1. So the gradient is tiny if the network is confident and large if it is
-# not. The size of the change depends on that, and not on eps.
+# logit is p(target) - 1. So the gradient is tiny if the network is confidently right, and large
+# otherwise. The size of the change depends on that, and not on eps.
 def adversarial_example(model, x, target, eps, steps=1):
     """Images in [0, 1] within eps of x, after `steps` sign steps of eps / steps.
 
@@ -277,7 +282,7 @@ def disc(u, v, radius):
 
 
 def box(u, v, half_width, half_height):
-    """Signed distance to a rectangle: inside, both |u| and |v| are below a limit."""
+    """Signed distance to a rectangle. Beyond a corner it is too small, which is harmless."""
     return torch.maximum(u.abs() - half_width, v.abs() - half_height)
 
 
@@ -485,7 +490,8 @@ def measure_norms(model, images, labels):
 def measure_unscaled(model, images, labels):
     """Print and return the median of the largest entry of the unscaled Jacobian, times 255.
 
-    Two medians: over the images where adding it does not fool the network, and where it does.
+    Two medians: over the images that the network gets right after adding it, and gets wrong
+    (also those that it got wrong before).
     """
     gradient, _ = calculate_jacobian(model, images, labels)
     largest = 255 * gradient.abs().amax(dim=(1, 2, 3))                      # (B,)
@@ -837,7 +843,7 @@ if __name__ == "__main__":
             optimizer.step()
             scheduler.step()
 
-            # log; the loss of step 0 is not quite uniform, because the first logits are not 0
+            # log; the loss of step 0 is not quite ln 4, because the first logits are not 0
             if step == 0:
                 print(f"step 0: loss {loss:.4f}, uniform prediction ln {len(CLASSES)} = "
                       f"{math.log(len(CLASSES)):.4f}")
