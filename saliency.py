@@ -429,7 +429,7 @@ def edge_map(images):
 #   it only half of the time. Saliency shows where a *change* matters: painting the slot of the
 #   screw would make it a disc, so the slot matters as much as the metal. saliency_mean.png shows
 #   these places.
-# - Untrained network. It has learned nothing, and is still better than chance. Where an image is flat,
+# - Untrained network. It has learned nothing but beats chance. Where an image is flat,
 #   the same ReLUs are active everywhere, and the map repeats one pattern every four pixels (two
 #   convolutions with stride 2). At an edge other ReLUs are active, so the pattern changes, and the
 #   shape has the sharpest edges. So a map that shows the object does not prove that the network has
