@@ -669,13 +669,9 @@ def learn_merges(texts, n_merges):
 
 
 class Tokenizer:
-    """Text to tokens and back. `merges` is a list of pairs of tokens, in order.
+    """Text to tokens and back. `merges` is a list of pairs of tokens, in order."""
 
-    `folded` says whether source texts are folded before they are encoded.
-    """
-
-    def __init__(self, merges, folded=True):
-        self.folded = folded
+    def __init__(self, merges):
         self.token_of = {}                              # (left, right) -> the merged token
         self.pieces = [b""] * FIRST_BYTE                # the bytes of every token
         self.pieces += [bytes([byte]) for byte in range(256)]
@@ -711,9 +707,7 @@ class Tokenizer:
 
 def encode_source(tokenizer, german):
     """What the encoder reads: the tokens of the German text, then EOS."""
-    if tokenizer.folded:
-        german = fold(german)
-    return tokenizer.encode(german) + [EOS]
+    return tokenizer.encode(fold(german)) + [EOS]
 
 
 def encode_pairs(tokenizer, pairs):
@@ -1130,12 +1124,11 @@ def load_model(data, out_dir, device):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model = TransformerModel(*saved["sizes"], dropout=0.0)
         model.load_state_dict(saved["weights"])     # stored in half precision
-        tokenizer = Tokenizer(saved["merges"], saved.get("folded", False))
+        tokenizer = Tokenizer(saved["merges"])
     except Exception as error:                      # torch.load can fail in many ways
         sys.exit(f"{path} does not hold weights of translate.py ({type(error).__name__}): "
                  "delete it or train again")
-    steps = saved.get("steps", 22_000)              # the file for multi30k has no such entry yet
-    print(f"weights from {path}, trained for {steps} steps", file=sys.stderr)
+    print(f"weights from {path}, trained for {saved['steps']} steps", file=sys.stderr)
     model.to(device).eval().requires_grad_(False)
     return model, tokenizer
 
@@ -1280,7 +1273,7 @@ if __name__ == "__main__":
     DEFAULTS = {
         "toy": dict(steps=500, batch_tokens=4000, lr=0.003, dropout=0.1, merges=600,
                     d_model=64, n_heads=4, n_enc_layers=2, n_dec_layers=2),
-        "tatoeba": dict(steps=16_000, batch_tokens=2000, lr=0.0015, dropout=0.1, merges=8000,
+        "tatoeba": dict(steps=30_000, batch_tokens=2000, lr=0.0015, dropout=0.1, merges=8000,
                         d_model=192, n_heads=4, n_enc_layers=3, n_dec_layers=3),
         "multi30k": dict(steps=22_000, batch_tokens=2000, lr=0.0015, dropout=0.25, merges=4000,
                          d_model=192, n_heads=4, n_enc_layers=3, n_dec_layers=3),
@@ -1363,11 +1356,10 @@ if __name__ == "__main__":
     # Data. The tokenizer learns from the training part alone.
     train_pairs = load_pairs(args.data, "train")
     val_pairs = load_pairs(args.data, "val")
-    folded = args.data != "multi30k"        # captions keep their capitals
-    texts = [fold(german) if folded else german for german, _ in train_pairs]
+    texts = [fold(german) for german, _ in train_pairs]
     texts += [english for _, english in train_pairs]
     tokenizer_merges = learn_merges(texts, args.merges)
-    tokenizer = Tokenizer(tokenizer_merges, folded)
+    tokenizer = Tokenizer(tokenizer_merges)
     checksum = zlib.crc32(repr(train_pairs).encode())       # for --resume: is it the same data?
     train_pairs = drop_long(tokenizer, train_pairs, "train")
     val_pairs = drop_long(tokenizer, val_pairs, "val")
@@ -1451,8 +1443,7 @@ if __name__ == "__main__":
 
     # Save the weights in half precision: they are half as large, and translate as well.
     weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    saved = {"sizes": sizes, "merges": tokenizer_merges, "folded": folded, "steps": args.steps,
-             "weights": weights}
+    saved = {"sizes": sizes, "merges": tokenizer_merges, "steps": args.steps, "weights": weights}
     torch.save(saved, weights_path + ".tmp")
     os.replace(weights_path + ".tmp", weights_path)
     if os.path.exists(checkpoint_path):
