@@ -1,11 +1,11 @@
 """
 Scaled dot-product attention: what it computes, and what it costs.
 
-Attention is a differentiable dictionary lookup. A Python dictionary compares a query with every
-key, finds the one that is equal and returns its value. Attention computes how similar the query is
-to every key, turns the similarities into weights that sum to 1, and returns the weighted mean of
-all values. The weights change smoothly with the query and the keys, so both can be learned by
-gradient descent. For one query and three key-value pairs:
+Attention is a differentiable dictionary lookup. A Python dictionary finds the key that is equal to
+the query and returns its value. Attention computes how similar the query is to every key, turns
+the similarities into weights that sum to 1, and returns the weighted mean of all values. The
+weights change smoothly with the query and the keys, so both can be learned by gradient descent.
+For one query and three key-value pairs:
 
     query = 2 0 2 0                              keys = 1 0 1 0    values = 10  0
                                                         0 1 0 1              0 10
@@ -16,7 +16,7 @@ gradient descent. For one query and three key-value pairs:
     output                 =  7.88 2.12          0.67 * (10, 0) + 0.09 * (0, 10) + 0.24 * (5, 5)
 
 $ python attention.py               # this example for three queries, then a dictionary that learns
-$ python attention.py --benchmark   # time and memory of the formula and of torch's fused kernel
+$ python attention.py --benchmark   # time and memory, also of torch's own function
 
 Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1, https://arxiv.org/abs/1706.03762
 """
@@ -38,10 +38,10 @@ from torch import nn
 # --------------------------------------------------------------------------------------------------
 # Attention with loops
 #
-# The example above in plain Python, for one sequence. Softmax applies the exponential function,
-# which makes every number positive, and then divides by the sum, which makes the sum 1.
+# The example above in plain Python. Softmax takes the exponential of each score, which is always
+# positive, and divides by the sum.
 def attention_loops(queries, keys, values):
-    """The output for lists of numbers: T_q queries, T_k keys, T_k values -> T_q weighted means."""
+    """Lists of T_q queries, T_k keys and T_k values -> T_q weighted means of the values."""
     outputs = []
     for query in queries:
         weights = []
@@ -49,7 +49,7 @@ def attention_loops(queries, keys, values):
             score = sum(a * b for a, b in zip(query, key))                 # the dot product
             weights.append(math.exp(score / math.sqrt(len(key))))
         total = sum(weights)
-        weights = [weight / total for weight in weights]                   # now they sum to 1
+        weights = [weight / total for weight in weights]
         output = [0.0] * len(values[0])
         for weight, value in zip(weights, values):
             for i in range(len(value)):
@@ -61,52 +61,49 @@ def attention_loops(queries, keys, values):
 # --------------------------------------------------------------------------------------------------
 # Attention with matrices
 #
-# Write the queries as the rows of a matrix q, and the same for keys k and values v. Then the loops
-# become three lines of mathematics, which run much faster, and for many sequences at once:
+# Write the queries as the rows of a matrix q, and likewise the keys k and the values v. Then the
+# loops become three lines of mathematics:
 #
 #     scores = q @ k.T / sqrt(d_k)         every query times every key
 #     weights = softmax(scores)            each row becomes positive and sums to 1
 #     output = weights @ v                 each row is a weighted mean of the values
 #
 # Why divide by sqrt(d_k)? The dot product of two random vectors is a sum of d_k terms. If they are
-# independent and have variance 1, their sum has variance d_k. So its standard deviation is
-# sqrt(d_k), and dividing by sqrt(d_k) brings it back to 1. Without the division, the scores of wide
-# vectors are large: softmax gives one key a weight near 1 and all others a weight near 0, and
-# hardly any gradient gets through.
+# independent and have variance 1, their sum has variance d_k, and dividing by sqrt(d_k) brings the
+# variance back to 1. Without the division, wide vectors have large scores, and softmax gives nearly
+# all the weight to one key. Then a small change of the scores changes almost nothing, so the
+# gradient is almost 0.
 #
-# Where do q, k and v come from? From learned linear maps. In self-attention, all three are linear
-# maps of the same x: each token gets a query (what it looks for), a key (what it can be found by)
-# and a value (what it passes on). In cross-attention, q is a linear map of x, while k and v are
-# linear maps of a second sequence, called memory. (In translation, x is the target sentence and
-# memory the encoded source sentence.)
-#
-# The function below adds two things to the three lines.
+# Where do q, k and v come from? From learned linear maps. In self-attention, all three are maps of
+# the same sequence x: each token (for example, a word) gets a query (what it looks for), a key
+# (what it can be found by) and a value (what it passes on). In cross-attention, k and v are maps of
+# a second sequence, called memory: in translation, x is the target sentence and memory the encoded
+# source sentence.
 #
 # A mask says which keys a query may attend to. Padding must get no weight, because it is not part
 # of the sentence. A model that predicts the next token must not attend to later tokens, because
 # they contain the answer (a causal mask).
 #
 # A sigmoid can replace softmax. Under softmax the keys compete: one weight can increase only if
-# others decrease. A sigmoid turns each score into a number between 0 and 1 on its own, so the
-# weights do not have to sum to 1. counting.py shows what this is good for.
+# others decrease. A sigmoid turns each score into a weight between 0 and 1 on its own, so they do
+# not have to sum to 1. counting.py shows what this is good for.
 def attention(q, k, v, mask=None, activation="softmax"):
     """Scaled dot-product attention. Returns output (..., T_q, d_v) and weights (..., T_q, T_k).
 
     q is (..., T_q, d_k), k (..., T_k, d_k), v (..., T_k, d_v); leading dimensions broadcast.
-    `mask` is boolean, broadcasts to (..., T_q, T_k), and True means *may attend*, as in
-    `F.scaled_dot_product_attention`. (`nn.MultiheadAttention` uses the opposite convention.)
-    A query that may attend to nothing gets zeros. `activation` is "softmax" or "sigmoid".
+    `mask` is boolean, broadcasts to (..., T_q, T_k), and True means that the query *may* attend to
+    the key, as in `F.scaled_dot_product_attention`. (`nn.MultiheadAttention` does the opposite.)
+    A query that may attend to nothing gets zeros.
     """
     assert activation in ("softmax", "sigmoid"), activation
-    # F.scaled_dot_product_attention would add a mask of numbers like 0.0 and 1.0 to the scores
     assert mask is None or mask.dtype == torch.bool, "mask must be boolean, True = may attend"
 
-    # Divide q, not the product: in half precision the product could overflow before the division.
+    # Divide q, because in half precision the product could overflow before a division.
     q = q / math.sqrt(q.size(-1))
     scores = q @ k.transpose(-2, -1)                                       # (..., T_q, T_k)
     if mask is not None:
-        # Softmax turns the lowest possible number into weight 0. It would do the same with -inf,
-        # except in a row where everything is masked: there it would compute 0 / 0 = NaN.
+        # Softmax turns the lowest possible number into weight 0. So would -inf, except in a row
+        # where everything is masked: there it would compute 0 / 0 = NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
 
     if activation == "softmax":
@@ -114,8 +111,7 @@ def attention(q, k, v, mask=None, activation="softmax"):
     else:
         weights = scores.sigmoid()
     if mask is not None:
-        # In a row where everything is masked all scores are equal, so softmax gives all keys the
-        # same weight. Set the weights to 0, and the output becomes 0, too.
+        # In such a row, softmax gives all keys the same weight. Make it 0, and so the output.
         weights = weights.masked_fill(~mask, 0.0)
 
     output = weights @ v                                                   # (..., T_q, d_v)
@@ -125,11 +121,10 @@ def attention(q, k, v, mask=None, activation="softmax"):
 # --------------------------------------------------------------------------------------------------
 # A dictionary that learns how to compare
 #
-# Each query is one of the keys, rotated by an unknown rotation, plus noise, so the raw dot product
-# of query and key is meaningless. Two linear maps, like a Transformer's query and key maps, are
-# trained to undo the rotation. Every batch has new random keys, so the model cannot memorize keys:
-# it has to learn how to compare. The values are one-hot vectors and need no map. With them the
-# output is equal to the weights: a probability for each entry of the dictionary.
+# Each query is one of the keys, rotated by an unknown rotation, plus noise, so the dot product of
+# query and key says nothing. Two linear maps learn to undo the rotation. Every batch has new random
+# keys, so the model cannot memorize them: it has to learn how to compare. The values are one-hot
+# vectors, so the output is equal to the weights: a probability for each key.
 class DifferentiableDictionary(nn.Module):
     """Attention with learned maps of query (..., T_q, d_model) and key (..., T_k, d_model)."""
 
@@ -146,7 +141,7 @@ def make_lookups(batch_size, n_keys, rotation, noise):
     """Random queries and keys, both (B, n_keys, d_model), and each query's key, (B, n_keys)."""
     d_model = len(rotation)
     key = torch.randn(batch_size, n_keys, d_model, device=rotation.device)
-    # sorting random numbers gives a random order of the keys
+    # sorting random numbers gives a random order
     target = torch.rand(batch_size, n_keys, device=rotation.device).argsort(dim=1)
     rows = torch.arange(batch_size, device=rotation.device).unsqueeze(1)   # (B, 1)
     query = key[rows, target] @ rotation                                   # (B, n_keys, d_model)
@@ -156,38 +151,34 @@ def make_lookups(batch_size, n_keys, rotation, noise):
 
 # --------------------------------------------------------------------------------------------------
 # Shared with the other scripts, together with `attention`
-def plot_attention(weights, x_labels, y_labels, path, titles=None, columns=2,
-                   x_name="key", y_name="query", marks=None):
+def plot_attention(weights, x_labels, y_labels, path, titles=None, x_name="key", y_name="query",
+                   marks=None):
     """Save heatmaps of attention weights (T_q, T_k) or (n_panels, T_q, T_k) on one color scale.
 
-    `x_labels` are the keys, `y_labels` the queries: a list for all panels, or a list of lists, one
-    for each panel. `marks` is a boolean tensor of the shape of `weights`: True cells get a dot.
+    `x_labels` are the keys, `y_labels` the queries: one list, or a list for each panel. Cells where
+    `marks`, a boolean tensor like `weights`, is True get a dot.
     """
     T_q, T_k = weights.shape[-2:]
     panels = weights.detach().float().cpu().reshape(-1, T_q, T_k)          # (n_panels, T_q, T_k)
     n_panels = len(panels)
-    if not isinstance(x_labels[0], list):
-        x_labels = [x_labels] * n_panels
     if not isinstance(y_labels[0], list):
         y_labels = [y_labels] * n_panels
     if titles is None:
         titles = [f"head {h + 1}" for h in range(n_panels)]
-        if n_panels == 1:
-            titles = [""]
 
     # in inches: a cell is 0.25 wide and high, a character of a label about 0.07
-    longest_x = max(len(str(label)) for labels in x_labels for label in labels)
+    longest_x = max(len(str(label)) for label in x_labels)
     longest_y = max(len(str(label)) for labels in y_labels for label in labels)
     width = 0.25 * max(T_k, 5) + 0.07 * longest_y + 0.6
     height = 0.25 * T_q + 0.07 * longest_x + 0.7
-    columns = min(columns, n_panels)
+    columns = min(2, n_panels)
     rows = math.ceil(n_panels / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(columns * width + 0.8, rows * height),
                                 squeeze=False, layout="constrained")
     for axis in axes.flat[n_panels:]:
         axis.set_axis_off()
 
-    largest = max(panels.max().item(), 1e-6)
+    largest = panels.max().item()
     rotation = 90 if longest_x > 2 else 0
     for i in range(n_panels):
         axis = axes.flat[i]
@@ -196,13 +187,12 @@ def plot_attention(weights, x_labels, y_labels, path, titles=None, columns=2,
         axis.set_xlabel(x_name, fontsize=9)
         axis.set_ylabel(y_name, fontsize=9)
         # parse_math=False: do not typeset $...$ in labels as math
-        axis.set_xticks(range(T_k), x_labels[i], rotation=rotation, fontsize=8, parse_math=False)
+        axis.set_xticks(range(T_k), x_labels, rotation=rotation, fontsize=8, parse_math=False)
         axis.set_yticks(range(T_q), y_labels[i], fontsize=8, parse_math=False)
         if marks is not None:
             cells = marks.reshape(n_panels, T_q, T_k)[i].nonzero()         # (n, 2): query, key
             x = cells[:, 1].tolist()
             y = cells[:, 0].tolist()
-            # white with a black edge is visible on every color
             axis.scatter(x, y, s=12, color="white", edgecolors="black")
     figure.colorbar(image, ax=axes, label="attention weight")
     figure.savefig(path, dpi=100)
@@ -218,7 +208,7 @@ def parse_args(parser):
                         default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out_dir", default="out", help="folder for figures and weights")
     args = parser.parse_args()
-    # Not every console can print every character. Print its code instead of ending a training.
+    # a character that the console does not have must not end a training
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     if args.device != "cpu" and not getattr(torch, args.device).is_available():
@@ -245,8 +235,8 @@ def download(url, path, sha256):
         with open(path, "rb") as file:
             content = file.read()
         if hashlib.sha256(content).hexdigest() != sha256:
-            sys.exit(f"{path} is not the file expected from {url} (its SHA-256 differs): "
-                     "delete it, and the next run downloads it again")
+            sys.exit(f"{path} is not the file from {url} (its SHA-256 differs): delete it, and the "
+                     "next run downloads it again")
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
     print(f"downloading {url}")
@@ -259,12 +249,12 @@ def download(url, path, sha256):
 # --------------------------------------------------------------------------------------------------
 # Appendix (skip it on a first reading): how time and memory grow with the sequence length T
 #
-# The formula above computes all T x T weights and keeps them for the backward pass. The fused
-# kernel of torch, F.scaled_dot_product_attention, works block by block. It keeps only the output
-# and one number for each query, and computes the weights of a block again in the backward pass.
-# The price is that it cannot return the weights, which these scripts want to look at.
+# The formula keeps all T x T weights for the backward pass. F.scaled_dot_product_attention is one
+# fused kernel: it works block by block, keeps only the output and one number for each query, and
+# computes the weights again in the backward pass. So it cannot return them, and these scripts want
+# to look at them.
 def explicit(q, k, v):
-    """The output of `attention` without the weights."""
+    """The output of `attention` alone, which is what the fused kernel returns."""
     output, _ = attention(q, k, v)
     return output
 
@@ -275,7 +265,7 @@ def measure_time(function, q, k, v):
     for _ in range(6):
         start = time.perf_counter()
         function(q, k, v).sum().backward()
-        # GPU calls return before the work is done, so wait for it
+        # GPU calls return before the work is done, so wait
         getattr(torch, q.device.type).synchronize()
         runs.append(1e3 * (time.perf_counter() - start))
     return statistics.median(runs[1:])  # the first run is a warm-up
@@ -283,7 +273,7 @@ def measure_time(function, q, k, v):
 
 def measure_memory(function, q, k, v):
     """MiB that autograd keeps for the backward pass, without q, k and v themselves."""
-    n_bytes = {}  # address -> size; a tensor and its transpose have the same address
+    n_bytes = {}  # for each address, because a tensor and its transpose share one
 
     def _pack(tensor):
         storage = tensor.untyped_storage()
@@ -326,8 +316,8 @@ def plot_benchmark(lengths, times, memory, path):
     for axis, values in zip(axes, (times, memory)):
         axis.loglog(lengths, values["explicit"], "o-", label="explicit")
         axis.loglog(lengths, values["fused"], "s-", label="fused")
-        # A guide line for T^2, above the longer half of the lengths. The shorter ones follow no
-        # power of T, because every call takes some time that does not depend on T.
+        # A guide line for T^2, above the longer half of the lengths. (The shorter ones follow no
+        # power of T, because every call takes some time that does not depend on T.)
         half = len(lengths) // 2
         long = lengths[half:]
         ratios = [y / T ** 2 for y, T in zip(values["explicit"][half:], long)]
@@ -356,7 +346,7 @@ if __name__ == "__main__":
     parser.add_argument("--d_model", type=positive(int), default=32,
                         help="width of queries and keys")
     parser.add_argument("--noise", type=float, default=0.1,
-                        help="standard deviation of the noise added to queries")
+                        help="standard deviation of the noise")
     parser.add_argument("--steps", type=positive(int), default=400, help="training steps")
     parser.add_argument("--batch_size", type=positive(int), default=64,
                         help="dictionaries in each batch")
@@ -380,14 +370,14 @@ if __name__ == "__main__":
     # the example of the docstring, for three queries at once
     torch.set_printoptions(precision=2, sci_mode=False)
     query = torch.tensor([[2.0, 0.0, 2.0, 0.0],
-                          [0.0, 0.0, 0.0, 0.0],  # all scores are equal: it gets the plain mean
-                          [0.0, 4.0, 0.0, 2.0]])                           # (3, 4)
+                          [0.0, 0.0, 0.0, 0.0],  # all scores equal: it gets the plain mean
+                          [0.0, 4.0, 0.0, 2.0]])
     key = torch.tensor([[1.0, 0.0, 1.0, 0.0],
                         [0.0, 1.0, 0.0, 1.0],
-                        [1.0, 1.0, 0.0, 0.0]])                             # (3, 4)
+                        [1.0, 1.0, 0.0, 0.0]])
     value = torch.tensor([[10.0, 0.0],
                           [0.0, 10.0],
-                          [5.0, 5.0]])                                     # (3, 2)
+                          [5.0, 5.0]])
     print("scores / sqrt(d_k) = query @ key.T / sqrt(4):")
     print(query @ key.T / math.sqrt(4))
     output, weights = attention(query, key, value)
@@ -422,8 +412,7 @@ if __name__ == "__main__":
         # get a batch
         query, key, target = make_lookups(args.batch_size, args.n_keys, rotation, args.noise)
 
-        # forward: the output is a probability for each key. Adding 1e-9 keeps the logarithm finite.
-        # (So does clamp_min(1e-9), but it has no gradient where the probability is below 1e-9.)
+        # forward: the output is a probability for each key. Adding 1e-9 keeps the log finite.
         output, _ = model(query, key, value)                               # (B, n_keys, n_keys)
         log_probability = (output + 1e-9).log()
         loss = F.nll_loss(log_probability.flatten(0, 1), target.flatten())
@@ -433,8 +422,7 @@ if __name__ == "__main__":
         loss.backward()
         optimizer.step()
 
-        # log. At step 0 the loss is near that of a uniform prediction, above or below it by chance,
-        # because the maps are random and compare queries with keys in a random way.
+        # log. The maps start random, so the first loss is above or below ln(n_keys) by chance.
         if step == 0:
             print(f"step 0/{args.steps}: loss {loss:.4f}, "
                   f"uniform prediction ln {args.n_keys} = {math.log(args.n_keys):.4f}")
@@ -449,7 +437,7 @@ if __name__ == "__main__":
     # figures
     path = os.path.join(args.out_dir, "attention_dictionary.png")
     plot_attention(torch.cat([weights_before, weights[:1]]),
-                   x_labels=list(range(args.n_keys)),
+                   x_labels=range(args.n_keys),
                    y_labels=[f"key {i}" for i in test_target[0].tolist()],
                    path=path, titles=["before training", "after training"],
                    y_name="query made from")
