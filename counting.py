@@ -7,10 +7,8 @@ has learned.
 The layer has one trainable query for each digit. The query for digit d should attend to every d and
 to nothing else, and with a single layer the attention weights show directly whether it does.
 
-Softmax would make the weights of a query sum to 1. The output would be a mean, which stays the same
-if the sequence is written twice, although all counts double. Here a sigmoid turns each score into a
-weight on its own, and the output is a sum with one term for every d in the sequence. --compare
-trains both.
+A sigmoid turns each score into a weight on its own, so the output is a sum with one term for every
+d. With softmax it would be a mean, which depends on the fraction of d, but not on the number.
 
 $ python counting.py                                     # train, count, plot the attention weights
 $ python counting.py --sequence "1 0 2 1 0 1 1 0 1 2"    # count this with the saved model
@@ -37,21 +35,17 @@ from attention import attention, parse_args, plot_attention, positive
 # --------------------------------------------------------------------------------------------------
 # The model
 #
-# B sequences of T digits out of V different ones. L is the maximum length, so also the maximum
-# count.
+# B sequences of T digits, out of V different ones. L is the maximum length, and so the maximum
+# count. For each digit the model outputs L + 1 logits, one for each count 0 ... L, and the largest
+# logit is its answer.
 #
-# Counting is a classification here: for each digit, the model outputs L + 1 logits, one for each
-# possible count 0 ... L, and the largest logit is its answer. Keys and values are linear maps of
-# the one-hot digits. The queries are parameters, because the questions are always the same: how
-# many 0s, how many 1s, ...?
-#
-# After attention, the query is added to the output, as in a Transformer block. LayerNorm then
-# subtracts from each vector the mean of its numbers and divides by their standard deviation.
+# Keys and values are linear maps of the one-hot digits. The queries are parameters, because the
+# questions are always the same: how many 0s, how many 1s, ...? After attention, the query is added
+# to the output and LayerNorm follows, as in a Transformer block.
 class CountingModel(nn.Module):
     """One-hot digits (B, T, V) -> logits of the counts (B, V, L+1) and the weights (B, V, T).
 
-    T may be 1 to L = sequence_length. There are no positions, so the order of the digits has no
-    effect.
+    T may be 1 to L = sequence_length. The order of the digits has no effect.
     """
 
     def __init__(self, vocab_size, sequence_length, hidden, activation="sigmoid"):
@@ -77,8 +71,8 @@ def make_sequences(n, length, vocab_size, device="cpu"):
     """Random digits (n, length) such that all combinations of counts are equally likely.
 
     With uniform digits, ten equal digits occur once in 3^9 = 19,683 sequences, too rarely to learn
-    a count of 10. So the digit probabilities are drawn anew for each sequence, from the uniform
-    Dirichlet distribution: all triples (for 3 digits) that sum to 1 are equally likely.
+    a count of 10. So each sequence has its own digit probabilities, from the uniform Dirichlet
+    distribution: all triples (for 3 digits) that sum to 1 are equally likely.
     """
     dirichlet = torch.distributions.Dirichlet(torch.ones(n, vocab_size, device=device))
     probabilities = dirichlet.sample()                                     # (n, V)
@@ -119,33 +113,32 @@ def train(args, activation, all_lengths=True, verbose=False):
 
     # model and optimizer
     model = CountingModel(V, L, args.hidden, activation).to(args.device)
-    # Occasionally all scores of a query become so negative that its sigmoids are almost 0. Then
-    # there is hardly any gradient, and its digit is never counted. Weight decay on the key layer
-    # shrinks the scores until gradients return.
-    key_parameters = list(model.key.parameters())
+    # Sometimes all scores of a query become so negative that its sigmoids are almost 0. Then there
+    # is hardly any gradient, and its digit is never counted. Weight decay on the key layer shrinks
+    # the scores until the gradient returns.
     others = [p for name, p in model.named_parameters() if not name.startswith("key.")]
-    groups = [{"params": key_parameters, "weight_decay": 1e-3}, {"params": others}]
+    groups = [{"params": model.key.parameters(), "weight_decay": 1e-3}, {"params": others}]
     optimizer = torch.optim.Adam(groups, args.lr)
     # the learning rate rises from args.lr / 25 to args.lr and then falls to almost 0
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps,
                                                     cycle_momentum=False)
 
     for step in range(args.steps):
-        # get a batch: B sequences of length L, and B of another length
+        # get a batch
         length = L
         if all_lengths:
             length = torch.randint(1, L + 1, ()).item()
-        digits_a = make_sequences(args.batch_size, L, V, args.device)      # (B, L)
-        digits_b = make_sequences(args.batch_size, length, V, args.device)  # (B, length)
+        digits_a = make_sequences(args.batch_size, L, V, args.device)
+        digits_b = make_sequences(args.batch_size, length, V, args.device)
         x_a = F.one_hot(digits_a, V).float()                               # (B, L, V)
         x_b = F.one_hot(digits_b, V).float()                               # (B, length, V)
-        counts_a = x_a.sum(dim=1)                                          # (B, V)
-        counts_b = x_b.sum(dim=1)                                          # (B, V)
+        counts_a = x_a.sum(dim=1)
+        counts_b = x_b.sum(dim=1)
         counts = torch.cat([counts_a, counts_b]).long()                    # (2B, V)
 
         # forward
-        logits_a, _ = model(x_a)                                           # (B, V, L+1)
-        logits_b, _ = model(x_b)                                           # (B, V, L+1)
+        logits_a, _ = model(x_a)
+        logits_b, _ = model(x_b)
         logits = torch.cat([logits_a, logits_b])                           # (2B, V, L+1)
         loss = F.cross_entropy(logits.flatten(0, 1), counts.flatten())
 
@@ -155,8 +148,8 @@ def train(args, activation, all_lengths=True, verbose=False):
         optimizer.step()
         scheduler.step()
 
-        # log. The random `out` prefers some counts to others, so at step 0 the loss differs from
-        # that of a uniform prediction. Whether it is above or below is chance.
+        # log. The random `out` prefers some counts, so the first loss is above or below ln(L + 1)
+        # by chance.
         if verbose and step == 0:
             print("training sequences:", *digits_a[:3].tolist(), sep="\n")
             print(f"step 0/{args.steps}: loss {loss:.4f}, "
@@ -169,48 +162,44 @@ def train(args, activation, all_lengths=True, verbose=False):
 # --------------------------------------------------------------------------------------------------
 # What it has learned
 #
-# The weights (plotted by `show_counts`, printed at the end). After the default run, each query
-# gives its own digit a weight of 0.40 to 0.44 and every other digit 0.01. Why not 1 and 0? What
-# enters the sum is weight * value: weights half as large give the same sum if the values are twice
-# as large, so the loss has no preference for 1. The others must be near 0, because a 1 in the
-# sequence must not change the number of 0s. But a sigmoid is exactly 0 only for a score of minus
-# infinity.
+# The weights. The default run prints them: each query gives its own digit a weight of 0.40 to 0.44
+# and every other digit 0.01. Why not 1 and 0? Only weight * value enters the sum. Weights half as
+# large with values twice as large give the same sum, so the loss does not prefer 1. The other
+# digits must get almost nothing, because a 1 in the sequence must not change the number of 0s. But
+# a sigmoid is exactly 0 only for a score of minus infinity.
 #
-# The count (`angles`). How does it get through LayerNorm and a single linear layer? If the query
-# for 0 attends to 0s alone, the vector before LayerNorm is
+# The count. How does it get through LayerNorm and a single linear layer? If the query for 0 attends
+# to 0s alone, the vector before LayerNorm is
 #     query[0] + count * weight * value(0).
 # As the count grows, this vector moves along a straight line in equal steps. LayerNorm subtracts
-# the mean, which keeps the line straight, and divides by the standard deviation, which (before its
-# scale and bias) gives all these vectors the same length. They become points on a sphere, at these
-# angles to the first one (printed by the default run):
+# from each vector the mean of its numbers, which keeps the line straight, and divides by their
+# standard deviation, which makes all vectors sqrt(hidden) long (before its scale and bias). So they
+# become points on a sphere, at these angles to the first one:
 #     count     0    1    2    3    4    5    6    7    8    9   10
 #     angle     0    7   18   36   64   92  111  122  129  134  137
 # The steps are no longer equal, but no two points coincide, and that is enough for a linear layer.
-# Let each row of `out` point at the vector of one count, all rows equally long. Then the row that
-# points at the vector has the largest dot product with it, and the logit of this count is largest.
+# Let each row of `out` point at the vector of one count, all rows equally long. Then the row of the
+# true count has the largest dot product with the vector, so its logit is the largest.
 #
 # This is also why the query is added: without it, count * weight * value(0) would have the same
 # direction for every count above 0, and LayerNorm would make all these vectors equal.
 @torch.no_grad()
 def angles(model, other, length):
-    """How far the normalized vector of the query for 0 turns as the count of 0s grows.
+    """How many degrees the normalized vector of the query for 0 turns as the count of 0s grows.
 
-    Returns angles in degrees (length+1,): of sequences of `length` digits with 0 to `length` zeros,
-    the rest `other`.
+    Returns the angles (length+1,) for 0 to `length` zeros among `length` digits, the rest `other`.
     """
-    digits = torch.full((length + 1, length), other)
+    digits = torch.full((length + 1, length), other, device=model.query.device)
     for count in range(length + 1):
         digits[count, :count] = 0
-    V = model.key.in_features
-    digits = digits.to(model.query.device)
-    x = F.one_hot(digits, V).float()                                       # (length+1, length, V)
+    x = F.one_hot(digits, model.key.in_features).float()                   # (length+1, length, V)
     query = model.query[:, :1]                                             # (1, 1, hidden)
     key = model.key(x)                                               # (length+1, length, hidden)
     value = model.value(x)
     output, _ = attention(query, key, value, activation=model.activation)
     vectors = (output + query).squeeze(1)                                  # (length+1, hidden)
     normalized = F.layer_norm(vectors, vectors.shape[-1:])
-    cosines = F.cosine_similarity(normalized, normalized[:1])              # (length+1,)
+    cosines = F.cosine_similarity(normalized, normalized[:1])
     return cosines.clamp(-1, 1).acos().rad2deg()
 
 
@@ -218,8 +207,7 @@ def angles(model, other, length):
 def show_counts(models, titles, digits, vocab_size, path):
     """Print each model's counts for one sequence (a list of digits) and plot its weights.
 
-    In the heatmap, a dot marks the cells where the sequence has the digit of the row. A good row is
-    bright there and dark elsewhere.
+    In the heatmap, a row should be bright at the dots, where its digit is, and dark elsewhere.
     """
     x = F.one_hot(torch.tensor([digits]), vocab_size).float()              # (1, T, V)
     true = [digits.count(digit) for digit in range(vocab_size)]
@@ -242,7 +230,7 @@ def show_counts(models, titles, digits, vocab_size, path):
 
 
 def load(path, sizes):
-    """The model saved at `path`. Ends with one sentence if it is damaged or has other sizes."""
+    """The model saved at `path`. Exits with a message if it is damaged or has other sizes."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model = CountingModel(**saved["sizes"])
@@ -253,8 +241,7 @@ def load(path, sizes):
         options = ""
         for name, value in saved["sizes"].items():
             options += f" --{name} {value}"
-        sys.exit(f"{path} was trained with{options}: give these options, or train again without "
-                 "--sequence")
+        sys.exit(f"{path} was trained with{options}: give these, or train without --sequence")
     print(f"loaded {path}, trained for {saved['steps']} steps", file=sys.stderr)
     return model
 
@@ -263,18 +250,17 @@ def load(path, sizes):
 # Sigmoid or softmax?
 #
 # Softmax cannot count at all lengths. Write a sequence twice in a row. Every count doubles, but
-# every weighted mean stays the same, and nothing after attention depends on the length. So the
-# model gives the same answer to both sequences, and at least one of the two answers is wrong.
+# every weighted mean stays the same. So the model gives both sequences the same answer, and at
+# least one of the two answers is wrong.
 #
-# What does it learn then, trained at all lengths? It sees only which fraction of the sequence is a
-# 0, and has one answer for each fraction. For half a sequence of 0s, length 10 asks for the answer
-# 5, length 4 for the answer 2. Training finds a compromise: about 6 times the fraction. (With
-# --activation softmax --seed 1, the sequences "0 1", "0 0 0 1 1 1" and "0 0 0 0 0 1 1 1 1 1" all
-# get the counts 3 3 0.) Near length 6 the compromise is the right count, so some sequences of
-# lengths 5 to 7 come out right, and no others.
+# What does it learn then, trained at all lengths? It has one answer for each fraction of 0s. If
+# half of the digits are 0s, length 10 asks for 5, and length 4 asks for 2. Training finds a
+# compromise, about 6 times the fraction. (With --activation softmax --seed 1, "0 1", "0 0 0 1 1 1"
+# and "0 0 0 0 0 1 1 1 1 1" all get the counts 3 3 0.) Near length 6 this is right, so some
+# sequences of lengths 5 to 7 come out right, and no others.
 #
-# Trained at length 10 only, the doubling is no problem: a fraction of 0.3 always means 3. Softmax
-# fails all the same, for a less obvious reason (see the appendix).
+# Trained at length 10 only, softmax could count by fractions, because 0.3 always means 3. It fails
+# all the same (see the appendix).
 def compare(args, digits, n_seeds=3):
     """Train both activations at one and at all lengths and print their accuracy at each length.
 
@@ -321,21 +307,20 @@ def compare(args, digits, n_seeds=3):
 # 0s and 1s only, and let w be the total weight of the 0s, so that 1 - w is that of the 1s. The
 # output is w * value(0) + (1 - w) * value(1), so every logit is a linear function of w. Its slope
 # is the same under both queries, because they share `value` and `out`. Now let the number of 0s
-# grow. Under *both* queries w grows, because the weights sum to 1. While w grows, a linear function
-# can become the largest only by having a greater slope than the one before. The query for 0 has to
-# move from count 0 to count 10, so greater counts need greater slopes. The query for 1 has to move
-# from count 10 to count 0, so greater counts need smaller slopes. Both at once is impossible.
-# (Under sigmoid, the query for 1 simply gives the 0s no weight.)
+# grow. Under *both* queries w grows, because the weights sum to 1. As w grows, another logit can
+# become the largest only if its slope is greater. The answer of the query for 0 goes from 0 to 10,
+# so greater counts need greater slopes. The answer of the query for 1 goes from 10 to 0, so greater
+# counts need smaller slopes. Both at once is impossible. (Under sigmoid, the query for 1 simply
+# gives the 0s no weight.)
 #
-# The proof is not about the model above, which has LayerNorm, and LayerNorm is not linear: it bends
-# the straight line. test_all.py constructs softmax parameters that count all 3^10 = 59,049
-# sequences in this way, with queries seven times as long as those that training starts with. Why
-# does training not find them? LayerNorm bends the line only slightly. In the constructed model,
-# one coordinate after LayerNorm tells the counts apart, and it differs by 0.007 from each count to
-# the next. Only weights of more than 10,000 in `out` turn this into clear differences between the
-# logits, and so into a low loss. Adam changes a weight by about the learning rate in each step, 15
-# in total over the default 1,000 steps. So training does not come near these parameters: it gets
-# 1.5 % of the sequences right (--compare).
+# The model above does have LayerNorm, which bends the straight line. test_all.py uses this to
+# construct softmax parameters that count all 3^10 = 59,049 sequences, with queries seven times as
+# long as those that training starts with. Why does training not find them? LayerNorm bends the line
+# only slightly: the coordinate that tells the counts apart differs by 0.007 from each count to the
+# next. Only weights of more than 10,000 in `out` turn this into clear differences between logits,
+# and so into a low loss. Adam changes a weight by about the learning rate in each step, which adds
+# up to 15 in 1,000 steps (0.015 on average). So training does not come near these parameters: it
+# gets 1.5 % of the sequences right (--compare).
 
 
 if __name__ == "__main__":
