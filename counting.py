@@ -250,8 +250,8 @@ def load(path, sizes):
 # Sigmoid or softmax?
 #
 # Softmax cannot count at all lengths. Write a sequence twice in a row. Every count doubles, but
-# every weighted mean stays the same. So the model gives both sequences the same answer, and at
-# least one of the two answers is wrong.
+# every weighted mean stays the same, and the rest of the model gets nothing else. So it gives both
+# sequences the same answer, and at least one of the two answers is wrong.
 #
 # What does it learn then, trained at all lengths? It has one answer for each fraction of 0s. If
 # half of the digits are 0s, length 10 asks for 5, and length 4 asks for 2. Training finds a

@@ -6,13 +6,13 @@ find the smallest one that can.
     0 1 1 0 1 0 0 1 0 0  ->  four ones: even
 
 Parity looks trivial, but it is hard to learn. Flipping any single bit flips the label, so nine of
-the ten bits say nothing about it. The loss stays at that of a coin flip for a hundred steps before
-anything happens, and then drops to zero within another hundred or two.
+the ten bits say nothing about it. The loss stays at that of a coin flip for a hundred steps, and
+then drops to zero within another hundred or two.
 
-The model has no position embeddings, so it sees only the fraction of ones, not their order (the
-comment at the classifier says why). To it the 1,024 strings of length 10 are just 11 different
-inputs, one for each number of ones. So 11 strings are enough to compute the accuracy on all 1,024,
-and validation proves little: nearly every validation string is a training string in another order.
+The model has no position embeddings (it is not told where a bit stands), so it sees only the
+fraction of ones; the comment at the classifier says why. To it, the 1,024 strings of length 10 are
+just 11 different inputs. So 11 strings are enough to compute the accuracy on all 1,024, and
+validation proves little: nearly every validation string is a training string in another order.
 
 $ python parity.py                # 2 blocks, width 8, 2,426 parameters
 $ python parity.py --d_model 16
@@ -40,13 +40,12 @@ from attention import attention, parse_args, positive
 # Model
 #
 # A token is one element of the sequence, here one bit. The embedding turns it into a vector of
-# d_model numbers, one learned vector for 0 and one for 1. Comments at the end of lines are shapes:
-# B strings of T tokens.
+# d_model numbers, one learned vector for 0 and one for 1. The shapes are for B strings of T tokens.
 class SelfAttention(nn.Module):
-    """One attention head, (B, T, d_model) -> (B, T, d_model) (Vaswani et al. 2017, section 3.2.1).
+    """One attention head, (B, T, d_model) -> (B, T, d_model) (section 3.2.1 of the paper).
 
-    Query, key and value of each token are three linear maps of the same x, so every token attends
-    to all tokens of its own string, and to itself.
+    Query, key and value are linear maps of the same x, so each token attends to all tokens of its
+    own string, and to itself.
     """
 
     def __init__(self, d_model, d_key):
@@ -59,16 +58,16 @@ class SelfAttention(nn.Module):
         q = self.w_q(x)                                                    # (B, T, d_key)
         k = self.w_k(x)                                                    # (B, T, d_key)
         v = self.w_v(x)                                                    # (B, T, d_model)
-        output, _ = attention(q, k, v)                                     # (B, T, d_model)
+        output, _ = attention(q, k, v)
         return output
 
 
 class MultiHeadSelfAttention(nn.Module):
     """Several heads, mixed by a linear map, (B, T, d_model) -> (B, T, d_model) (section 3.2.2).
 
-    One head gives each token one weighted mean of the values. With several heads a token can look
-    at several things at once: one head may attend to the ones, another to the zeros. Here each head
-    returns d_model features; in the paper it returns d_model / n_heads.
+    One head gives each token one weighted mean. With several heads a token can look at several
+    things at once: one head may attend to the ones, another to the zeros. Here each head returns
+    d_model features, in the paper d_model / n_heads.
     """
 
     def __init__(self, d_model, d_key, n_heads):
@@ -82,19 +81,18 @@ class MultiHeadSelfAttention(nn.Module):
 
 
 # LayerNorm takes the vector of one token, subtracts the mean of its numbers and divides by their
-# standard deviation. For example (1, 3, 5, 7) has mean 4 and standard deviation 2.24 and becomes
-# (-1.34, -0.45, 0.45, 1.34). Each feature is then multiplied by a learned weight (1 at the start),
-# and a learned bias (0 at the start) is added. So the next layer gets inputs of one scale, whatever
-# the layers before have done.
+# standard deviation. For example, (1, 3, 5, 7) has mean 4 and standard deviation 2.24 and becomes
+# (-1.34, -0.45, 0.45, 1.34). So the next layer gets inputs of one scale, whatever the layers before
+# have done. (A learned weight and bias follow for each feature, 1 and 0 at the start.)
 #
 # A residual connection is the "x +" in x + f(x): a layer adds to its input instead of replacing it.
-# A layer that has learned nothing yet does little harm, and the gradient reaches all earlier layers
-# through the sum, without passing through f.
+# So a layer that has learned nothing yet does little harm, and the gradient reaches all earlier
+# layers through the sum, without passing through f.
 class TransformerBlock(nn.Module):
     """Attention, then an MLP, each added to its input, (B, T, d_model) -> (B, T, d_model).
 
-    Attention is the only place where the tokens of a string exchange information. It returns
-    weighted means; the MLP then computes something nonlinear from them, for each token separately.
+    Only in attention do the tokens of a string exchange information. It returns weighted means. The
+    MLP computes something nonlinear from them, for each token separately.
     """
 
     def __init__(self, d_model, d_key, n_heads, mlp_factor=4):
@@ -109,15 +107,15 @@ class TransformerBlock(nn.Module):
         )
 
     def forward(self, x):
-        x = x + self.attn(self.ln1(x))                                     # (B, T, d_model)
-        x = x + self.mlp(self.ln2(x))                                      # (B, T, d_model)
-        return x
+        x = x + self.attn(self.ln1(x))
+        x = x + self.mlp(self.ln2(x))
+        return x                                                           # (B, T, d_model)
 
 
 # Why the classifier sees only the fraction of ones:
 # - Attention treats the tokens as a set: swapping two tokens swaps their outputs and changes
 #   nothing else. The rest of a block works on each token separately, and the mean over all tokens
-#   at the end does not notice the swap either. So only the numbers of ones and zeros can matter.
+#   at the end is the same after the swap. So only the numbers of ones and zeros can matter.
 # - Attention returns weighted means, and the end is a mean, too. Writing a string twice doubles
 #   both numbers and changes no mean. So only the fraction of ones can matter.
 # It follows that no model of this kind computes parity for all lengths: a string written twice gets
@@ -143,8 +141,8 @@ class TransformerClassifier(nn.Module):
 
     def forward(self, tokens):
         x = self.token_embedding(tokens)                                   # (B, T, d_model)
-        x = self.transformer_model(x)                                      # (B, T, d_model)
-        x = self.final_layer_norm(x)                                       # (B, T, d_model)
+        x = self.transformer_model(x)
+        x = self.final_layer_norm(x)
         x = x.mean(dim=1)                                                  # (B, d_model)
         return self.classifier(x)                                          # (B, n_classes)
 
@@ -157,8 +155,8 @@ def one_string_per_count(seq_len, device="cpu"):
     Returns the strings (T+1, T), their parities (T+1,), and the fraction of the 2^T strings that
     have c ones (T+1,).
     """
-    counts = torch.arange(seq_len + 1, device=device)                      # (T+1,)
-    positions = torch.arange(seq_len, device=device)                       # (T,)
+    counts = torch.arange(seq_len + 1, device=device)
+    positions = torch.arange(seq_len, device=device)
     strings = (positions < counts.unsqueeze(1)).long()                     # c ones, then zeros
     parities = counts % 2
     fractions = []
@@ -171,16 +169,16 @@ def one_string_per_count(seq_len, device="cpu"):
 # Evaluation
 @torch.no_grad()
 def exact_accuracy(model, seq_len):
-    """The accuracy on all 2^T strings, computed from one string for each number of ones.
+    """The accuracy on all 2^T strings, computed from one string for each number of ones 0 ... T.
 
-    Also returns which of the numbers 0 ... T the model gets right (T+1,), and
-    f = logit(odd) - logit(even) for each (T+1,): the answer is "odd" where f > 0.
+    Also returns which numbers of ones the model gets right (T+1,), and f = logit(odd) - logit(even)
+    for each (T+1,). Where f > 0 the answer is "odd".
     """
     device = next(model.parameters()).device
     strings, parities, fractions = one_string_per_count(seq_len, device)
     logits = model(strings)                                                # (T+1, 2)
-    f = logits[:, 1] - logits[:, 0]                                        # (T+1,)
-    correct = (f > 0) == (parities == 1)                                   # (T+1,)
+    f = logits[:, 1] - logits[:, 0]
+    correct = (f > 0) == (parities == 1)
     accuracy = fractions[correct].sum().item()
     return accuracy, correct.cpu(), f.cpu()
 
@@ -206,16 +204,15 @@ def plot_curve(losses, accuracies, path):
 # Appendix (skip it on a first reading): how small can it get?
 #
 # Without a block nothing mixes the tokens. After LayerNorm every 0 is the same vector z and every 1
-# the same vector o. The mean over a string with c ones is z + (c / T) (o - z), a point on a
+# the same vector o, and the mean of a string with c ones is z + (c / T) (o - z), a point on a
 # straight line. So the classifier is a network with one input, c, and n = d_model hidden units:
 #
 #     f(c) = logit(odd) - logit(even) = k + a_1 SiLU(w_1 c + b_1) + ... + a_n SiLU(w_n c + b_n)
 #
-# The answer is "odd" where f(c) > 0. Odd and even alternate, so to get all strings of length 10
-# right, f has to change sign 10 times, between any two neighbors in 0, 1, ..., 10. How often can a
-# sum of n units change sign? A ReLU is a straight line with one kink, so n of them form n + 1
-# straight pieces, with at most n + 1 sign changes. SiLU dips below zero before it rises, and that
-# allows a few more:
+# To get all strings of length 10 right, f has to change sign 10 times, between any two neighbors in
+# 0, 1, ..., 10. How often can a sum of n units change sign? A ReLU is a straight line with one
+# kink, so n of them form n + 1 straight pieces, with at most n + 1 sign changes. SiLU dips below
+# zero before it rises, and that allows a few more:
 #
 #     width    parameters    sign changes    strings right
 #         1            10               0              512    LayerNorm of one number is its bias
@@ -224,14 +221,14 @@ def plot_curve(losses, accuracies, path):
 #         4            46              10            1,024
 #
 # The second row is a theorem, proved in assets/proof_20.md: two units change sign at most 5 times,
-# and then at most 968 strings are right, 0.945 of them. Width 1 cannot work either, and all other
+# and then at most 968 strings are right, 0.945 of them. Width 1 does not work, and all other
 # networks have at least 32 parameters. So 32 is the smallest number that passes 0.95. Whether 32
 # can get all strings right is not known.
 #
-# The search below finds them, with x = 2c/T - 1 in place of c. Each network is a width, a number of
-# blocks, and the numbers of ones that it may get wrong. With 5 sign changes, at least three of
-# these numbers are wrong, because each wrong one saves at most two changes. 0, 2 and 9 cost least:
-# they stand for only 1 + 45 + 10 strings. Width 3 may miss 1111111111.
+# The search below finds them: width, number of blocks, and the numbers of ones that may be wrong.
+# With 5 sign changes, at least three of these are wrong, because each wrong one saves at most two
+# changes. 0, 2 and 9 cost least: they stand for only 1 + 45 + 10 strings. Width 3 may miss
+# 1111111111.
 NETWORKS = [
     (2, 0, [0, 2, 9]),
     (3, 0, [10]),
@@ -249,15 +246,15 @@ def hidden_units(x, w, b):
     w = w.unsqueeze(-2)                                                    # (..., 1, n)
     b = b.unsqueeze(-2)                                                    # (..., 1, n)
     u = w * x + b                                                          # (..., P, n)
-    ones = torch.ones_like(u[..., :1])                                     # (..., P, 1)
+    ones = torch.ones_like(u[..., :1])
     return torch.cat([F.silu(u), ones], dim=-1)
 
 
 def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
-    """Find w, b (n,) and a (n+1,) such that hidden_units(x, w, b) @ a is near the targets (P,).
+    """Find w, b (n,) and a (n+1,) such that f = hidden_units(x, w, b) @ a is near the targets (P,).
 
-    x (P,) lies in [-1, 1], the targets are -1 or 1. Only w and b have to be searched. For given w
-    and b, f is linear in a (its last number is k), so the best a is a least squares problem.
+    x (P,) lies in [-1, 1], the targets are -1 or 1. Only w and b have to be searched: f is linear
+    in a (its last number is k), so the best a is a least squares problem.
     """
     # Many random starts: units from gentle to steep, in both directions, that bend in [-2, 2].
     shape = (n_starts, width)
@@ -275,8 +272,8 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=n_steps,
                                                         cycle_momentum=False)
         for _ in range(n_steps):
-            # The columns of q are an orthonormal basis of all functions that the units can form.
-            # q q^T y is the one nearest to y, so this is the f of the least squares solution.
+            # The columns of q are an orthonormal basis of all f that the units can form, so q q^T y
+            # is the one nearest to y: the least squares solution.
             q, _ = torch.linalg.qr(hidden_units(x, w, b))                  # (S, P, n+1)
             f = q @ (q.transpose(1, 2) @ y)                                # (S, P, 1)
             losses = (f - y).square().sum(dim=(1, 2))                      # (S,)
@@ -285,7 +282,7 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
             optimizer.step()
             scheduler.step()
 
-        # f y is positive where the answer is right. Stop as soon as all are right, and clearly so.
+        # f y is positive where the answer is right. Stop when all are clearly right.
         w = w.detach()
         b = b.detach()
         margins = (f * y).detach().amin(dim=(1, 2))                        # (S,)
@@ -293,8 +290,8 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
         if margins[best] > 0.15 or i == n_rounds - 1:
             break
 
-        # Most starts end in poor local minima. Keep the best tenth, ten copies of each, with noise:
-        # little for most of them, much for some.
+        # Most starts end in poor local minima. Keep ten copies of each of the best tenth, with
+        # little noise for most of them and much for some.
         survivors = losses.argsort()[:n_starts // 10].repeat(10)
         noise = 0.5 * torch.rand(n_starts, 1, dtype=torch.double) ** 2
         w = w[survivors] * (1 + noise * torch.randn_like(w))
@@ -307,31 +304,30 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
     return w, b, a.squeeze(1)
 
 
-# With one block, width 2 is enough, because a block can fold the line of counts at its middle. It
-# compares each token with the mean of all: tokens of the majority become +1, the others -1, whether
-# they are zeros or ones. With 7 ones and 3 zeros, the ones become +1 and the zeros -1. With 3 ones
-# and 7 zeros it is the other way around. The mean is 0.4 both times, in general |1 - 2c/T|.
+# With one block, width 2 is enough, because a block can fold the line of counts at its middle:
+# tokens of the majority become +1 and the others -1. With 7 ones and 3 zeros, the ones become +1
+# and the zeros -1. With 3 ones and 7 zeros it is the other way around. The mean is 0.4 both times,
+# in general |1 - 2c/T|. So c and T - c fall on the same point. That costs nothing, because for even
+# T both are odd or both are even. For T = 10 six points are left, with 5 sign changes, which two
+# hidden units can make. This is what depth does here: one fold halves the number of sign changes.
 #
-# So c and T - c fall on the same point. That costs nothing, because for even T both are odd or both
-# are even. For T = 10 six points are left, with 5 sign changes, which two hidden units can make.
-# This is what depth does here: one fold halves the number of sign changes.
-#
-# The block is set by hand, to show what a block can do. All vectors are e (1, -1) with some number
-# e, and q = 1 - 2c/T is positive if most tokens are zeros.
+# The block is set by hand. All vectors are e (1, -1) with some number e, and m = 1 - 2c/T is the
+# fraction of zeros minus that of ones.
 #
 #     embedding    e = 0.003 for a 0, -0.003 for a 1.
 #     LayerNorm    e becomes e / sqrt(e^2 + 0.00001); LayerNorm adds the 0.00001 to the variance, so
 #                  that it never divides by zero. A large e becomes +1 or -1, but these are so small
 #                  that their size survives: 0.003 becomes 0.69, and 0.0015 becomes 0.43.
-#     attention    w_q and w_k are 0, so all weights are equal. It adds 0.0015 q to every e. If most
-#                  tokens are zeros, that pushes the zeros away from 0 and the ones towards 0.
+#     attention    w_q and w_k are 0, so all weights are equal, and the mean of all tokens is 0.69 m.
+#                  w_o scales it to 0.0015 m, which is added to every e. If most tokens are zeros,
+#                  this pushes the zeros away from 0 and the ones towards 0.
 #     MLP          SiLU(z) + SiLU(-z) is nearly |z|, with z = 8 LayerNorm(e). The MLP adds to e five
 #                  times the change of |z| due to the push. So e becomes large: positive where it
 #                  was pushed away from 0, and negative where it was pushed towards 0.
 #     LayerNorm    A large e becomes +1 or -1.
 @torch.no_grad()
 def folding_model():
-    """A classifier of 58 parameters that takes the mean |1 - 2c/T| (1, -1) over its tokens."""
+    """A model of 58 parameters whose classifier gets the vector |1 - 2c/T| (1, -1)."""
     model = TransformerClassifier(2, 2, d_model=2, d_key=1, n_heads=1, mlp_factor=1, n_layers=1)
     model = model.double()
     block = model.transformer_model[0]
@@ -358,7 +354,7 @@ def folding_model():
 
 @torch.no_grad()
 def straight_model(width):
-    """A classifier without a block that takes the mean (2c/T - 1) u, with a fixed vector u."""
+    """A model without a block whose classifier gets (2c/T - 1) u, with a constant vector u."""
     model = TransformerClassifier(2, 2, d_model=width, d_key=1, n_heads=1, mlp_factor=1, n_layers=0)
     model = model.double()
     direction = torch.linspace(-1, 1, width, dtype=torch.double)
@@ -386,15 +382,12 @@ def classifier_input(model, seq_len):
 
 @torch.no_grad()
 def check_on_all_strings(model, seq_len):
-    """How many of the 2^T strings the model gets right, and the smallest difference of its logits.
-
-    Every string goes through the model, in the precision of its weights.
-    """
+    """How many of all 2^T strings the model gets right, and the smallest |f|."""
     bits = [torch.arange(2)] * seq_len
     strings = torch.cartesian_prod(*bits).view(-1, seq_len)                # (2^T, T)
     logits = model(strings)                                                # (2^T, 2)
-    right = logits.argmax(dim=1) == strings.sum(dim=1) % 2                 # (2^T,)
-    f = logits[:, 1] - logits[:, 0]                                        # (2^T,)
+    right = logits.argmax(dim=1) == strings.sum(dim=1) % 2
+    f = logits[:, 1] - logits[:, 0]
     return right.sum().item(), f.abs().min().item()
 
 
@@ -411,10 +404,9 @@ def set_classifier(model, u, w, b, a):
 
 
 def find_network(width, n_layers, may_be_wrong, seq_len=10, n_tries=10):
-    """Find a classifier that is right on all strings but those with `may_be_wrong` ones.
+    """Find a float32 model that is right on all strings but those with `may_be_wrong` ones.
 
-    It is checked in float32 and in float64, and returned in float32. A search that misses is
-    started again, at most `n_tries` times.
+    It is right in float64, too. A search that misses is started again, at most `n_tries` times.
     """
     if n_layers == 0:
         model = straight_model(width)
@@ -440,10 +432,10 @@ def plot_f(axis, model, seq_len):
     """Draw f on `axis` over the input x of the classifier: the counts, and a curve through them."""
     x, u = classifier_input(model, seq_len)
     _, correct, f = exact_accuracy(model, seq_len)
-    between = torch.linspace(x.min(), x.max(), 1001)                       # (1001,)
+    between = torch.linspace(x.min(), x.max(), 1001)
     logits = model.classifier(torch.outer(between, u))                     # (1001, 2)
-    curve = logits[:, 1] - logits[:, 0]                                    # (1001,)
-    f = f.clamp(-1.8, 2.5)                     # points beyond the axis are drawn at its edge
+    curve = logits[:, 1] - logits[:, 0]
+    f = f.clamp(-1.8, 2.5)  # points beyond the axis are drawn at its edge
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.plot(between, curve, color="lightgrey")
     axis.plot(x[::2], f[::2], "o", label="even: f < 0 is right")
@@ -468,18 +460,18 @@ def plot_smallest(models, seq_len, path):
         axis.set_title(f"{params} parameters: {n_right:,} strings right")
 
     # Two units that bend in the same place nearly cancel everywhere else, up to a straight line.
-    # The units are sorted by the place where they bend, so that such pairs stand side by side. A
-    # straight line can be moved from one pair to the other without changing f: the first pair is
-    # shown without the line through its ends, and the rest with it.
+    # Sorted by where they bend, such pairs stand side by side. A straight line can be moved from
+    # one pair to the other without changing f: the first pair is shown without the line through its
+    # ends, and the rest with it.
     first, _, last = models[-1].classifier
     w = first.weight @ direction                                           # (n,)
-    b = first.bias                                                         # (n,)
-    a = last.weight[1] - last.weight[0]                                    # (n,)
+    b = first.bias
+    a = last.weight[1] - last.weight[0]
     k = last.bias[1] - last.bias[0]
     order = (-b / w).argsort()
-    between = torch.linspace(-1, 1, 1001)                                  # (1001,)
+    between = torch.linspace(-1, 1, 1001)
     u = torch.outer(between, w) + b                                        # (1001, n)
-    units = a * F.silu(u)                                                  # (1001, n)
+    units = a * F.silu(u)
     f = units.sum(dim=1) + k
     pair = units[:, order[:2]].sum(dim=1)
     line = pair[0] + (pair[-1] - pair[0]) * (between + 1) / 2
@@ -502,8 +494,8 @@ def plot_fold(model, seq_len, path):
     """Save how a block folds the counts: its tokens, their mean, and f over the mean."""
     strings, _, _ = one_string_per_count(seq_len)
     feature = token_vectors(model, strings)[:, :, 0]                       # (T+1, T)
-    zeros = feature[:-1, -1]                                               # zeros are at the end
-    ones = feature[1:, 0]                                                  # and ones come first
+    zeros = feature[:-1, -1]                                               # zeros come last
+    ones = feature[1:, 0]
     x, _ = classifier_input(model, seq_len)
     counts = torch.arange(seq_len + 1)
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
@@ -530,10 +522,7 @@ def plot_fold(model, seq_len, path):
 
 
 def sweep(out_dir, networks=NETWORKS, seq_len=10, n_tries=10):
-    """Find, check, save and draw the networks; returns how many strings each gets right.
-
-    The keys of the returned dict are the numbers of parameters.
-    """
+    """Find, check, save and draw the networks. Returns {parameters: strings right}."""
     print("parameters blocks width | strings right sign changes smallest |f|")
     results = {}
     without_block = []
@@ -542,7 +531,7 @@ def sweep(out_dir, networks=NETWORKS, seq_len=10, n_tries=10):
         params = sum(p.numel() for p in model.parameters())
         n_right, smallest = check_on_all_strings(model, seq_len)
         _, _, f = exact_accuracy(model, seq_len)
-        answers = (f > 0).int()                                            # (T+1,)
+        answers = (f > 0).int()
         n_changes = answers.diff().abs().sum()
         print(f"{params:10} {n_layers:6} {width:5} |", end=" ")
         print(f"{n_right:13} {n_changes:12} {smallest:12.2f}", flush=True)
@@ -592,7 +581,7 @@ if __name__ == "__main__":
         sys.exit("--n_samples 1: at least 2 are needed, one to train on and one to validate")
     if args.n_layers < 0:
         sys.exit(f"--n_layers {args.n_layers}: 0 or more are needed")
-    torch.set_num_threads(1)  # the tensors are so small that more threads only wait for each other
+    torch.set_num_threads(1)  # with tensors this small, more threads only wait for each other
 
     if args.sweep:
         results = sweep(args.out_dir)
@@ -618,8 +607,8 @@ if __name__ == "__main__":
     params = sum(p.numel() for p in model.parameters())
     print(f"{params:,} parameters, {n_train:,} strings to train on, {n_val:,} to validate")
     # Why there is a plateau: over all strings, parity is uncorrelated with every polynomial of the
-    # number of ones of degree below T. So as long as f is smooth, the gradient is almost zero, and
-    # in a small batch it is lost in noise. By default a batch is the whole training set.
+    # number of ones of degree below T. So as long as f is smooth, the gradient is almost zero. In a
+    # small batch it is lost in noise, so by default a batch is the whole training set.
     # Why beta2 is 0.9: when the plateau ends, the gradient grows tenfold within a few steps. Adam
     # divides it by the root of the mean of its squares. The default beta2 of 0.999 averages over
     # about 1,000 steps, so it lags and the update overshoots; 0.9 averages over about ten.
@@ -637,7 +626,7 @@ if __name__ == "__main__":
         if args.batch_size < n_train:
             rows = torch.randint(n_train, (args.batch_size,))              # (B,)
         else:
-            rows = torch.arange(n_train)                                   # all of them
+            rows = torch.arange(n_train)
 
         # forward
         logits = model(x[rows])                                            # (B, 2)
