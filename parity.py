@@ -318,9 +318,9 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
 #     LayerNorm    e becomes e / sqrt(e^2 + 0.00001); LayerNorm adds the 0.00001 to the variance, so
 #                  that it never divides by zero. A large e becomes +1 or -1, but these are so small
 #                  that their size survives: 0.003 becomes 0.69, and 0.0015 becomes 0.43.
-#     attention    w_q and w_k are 0, so all weights are equal, and the mean of all tokens is 0.69 m.
-#                  w_o scales it to 0.0015 m, which is added to every e. If most tokens are zeros,
-#                  this pushes the zeros away from 0 and the ones towards 0.
+#     attention    w_q and w_k are 0, so all weights are equal and each mean is 0.69 m. w_o turns it
+#                  into 0.0015 m, which is added to every e. If most tokens are zeros, this pushes
+#                  the zeros away from 0 and the ones towards 0.
 #     MLP          SiLU(z) + SiLU(-z) is nearly |z|, with z = 8 LayerNorm(e). The MLP adds to e five
 #                  times the change of |z| due to the push. So e becomes large: positive where it
 #                  was pushed away from 0, and negative where it was pushed towards 0.
@@ -607,8 +607,9 @@ if __name__ == "__main__":
     params = sum(p.numel() for p in model.parameters())
     print(f"{params:,} parameters, {n_train:,} strings to train on, {n_val:,} to validate")
     # Why there is a plateau: over all strings, parity is uncorrelated with every polynomial of the
-    # number of ones of degree below T. So as long as f is smooth, the gradient is almost zero. In a
-    # small batch it is lost in noise, so by default a batch is the whole training set.
+    # number of ones of degree below T. So as long as the model computes a smooth function of it,
+    # the gradient is almost zero. In a small batch it is lost in noise, so by default a batch is
+    # the whole training set.
     # Why beta2 is 0.9: when the plateau ends, the gradient grows tenfold within a few steps. Adam
     # divides it by the root of the mean of its squares. The default beta2 of 0.999 averages over
     # about 1,000 steps, so it lags and the update overshoots; 0.9 averages over about ten.
