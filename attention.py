@@ -393,7 +393,7 @@ if __name__ == "__main__":
     print(weights)
     print()
 
-    # data: an unknown rotation of the keys, and one-hot values
+    # data: an unknown rotation (QR makes one from random numbers), and one-hot values
     rotation, _ = torch.linalg.qr(torch.randn(args.d_model, args.d_model))
     rotation = rotation.to(args.device)                                    # (d_model, d_model)
     value = torch.eye(args.n_keys, device=args.device)                     # (n_keys, n_keys)
