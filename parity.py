@@ -209,10 +209,10 @@ def plot_curve(losses, accuracies, path):
 #
 #     f(c) = logit(odd) - logit(even) = k + a_1 SiLU(w_1 c + b_1) + ... + a_n SiLU(w_n c + b_n)
 #
-# To get all strings of length 10 right, f has to change sign 10 times, between any two neighbors in
-# 0, 1, ..., 10. How often can a sum of n units change sign? A ReLU is a straight line with one
-# kink, so n of them form n + 1 straight pieces, with at most n + 1 sign changes. SiLU dips below
-# zero before it rises, and that allows a few more:
+# The answer is "odd" where f(c) > 0. To get all strings of length 10 right, f has to change sign 10
+# times, between any two neighbors in 0, 1, ..., 10. How often can a sum of n units change sign? A
+# ReLU is a straight line with one kink, so n of them form n + 1 straight pieces, with at most n + 1
+# sign changes. SiLU dips below zero before it rises, and that allows a few more:
 #
 #     width    parameters    sign changes    strings right
 #         1            10               0              512    LayerNorm of one number is its bias
@@ -221,14 +221,14 @@ def plot_curve(losses, accuracies, path):
 #         4            46              10            1,024
 #
 # The second row is a theorem, proved in assets/proof_20.md: two units change sign at most 5 times,
-# and then at most 968 strings are right, 0.945 of all. Width 1 does not work, and all other networks
-# have at least 32 parameters, so 32 is the smallest number that passes 0.95. Whether 32 can get all
+# and then at most 968 strings are right, 0.945 of all. Width 1 does not work, and all others have
+# at least 32 parameters, so 32 is the smallest number that passes 0.95. Whether 32 can get all
 # strings right is not known.
 #
-# The search below finds them: width, number of blocks, and the numbers of ones that may be wrong.
-# With 5 sign changes, at least three of these are wrong, because each wrong one saves at most two
-# changes. 0, 2 and 9 cost least: they stand for only 1 + 45 + 10 strings. Width 3 may miss
-# 1111111111.
+# The search below finds them. Each has a width, a number of blocks, and the numbers of ones that it
+# may get wrong. With 5 sign changes at least three numbers are wrong, because each wrong one saves
+# at most two changes. 0, 2 and 9 cost least: they stand for only 1 + 45 + 10 strings. Width 3 may
+# miss 1111111111.
 NETWORKS = [
     (2, 0, [0, 2, 9]),
     (3, 0, [10]),
@@ -311,19 +311,18 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
 # T both are odd or both are even. For T = 10 six points are left, with 5 sign changes, which two
 # hidden units can make. This is what depth does here: one fold halves the number of sign changes.
 #
-# The block is set by hand. All vectors are e (1, -1) with some number e. The example has 7 zeros and
-# 3 ones.
+# The block is set by hand. All vectors are e (1, -1) with some number e. Take 7 zeros and 3 ones:
 #
 #     embedding    e = 0.003 for a 0, -0.003 for a 1.
 #     LayerNorm    e becomes e / sqrt(e^2 + 0.00001); LayerNorm adds the 0.00001 to the variance, so
 #                  that it never divides by zero. A large e becomes +1 or -1, but these are so small
 #                  that their size survives: 0.003 becomes 0.69.
-#     attention    w_q and w_k are 0, so all weights are equal. The mean is 0.4 * 0.69, and w_o turns
+#     attention    w_q and w_k are 0, so all weights are equal and the mean is 0.4 * 0.69. w_o turns
 #                  it into 0.4 * 0.0015 = 0.0006, which is added to every e. This pushes the zeros
 #                  away from 0, to 0.0036, and the ones towards 0, to -0.0024.
-#     MLP          SiLU(z) + SiLU(-z) is nearly |z|, with z = 8 LayerNorm(e). The push raises it from
-#                  5.46 to 5.98 for a 0 and lowers it to 4.76 for a 1. The MLP adds five times the
-#                  change to e, which becomes 2.6 for a 0 and -3.5 for a 1.
+#     MLP          With z = 8 LayerNorm(e), SiLU(z) + SiLU(-z) is nearly |z|. Without the push it is
+#                  5.46, with it 5.98 for a 0 and 4.76 for a 1. The MLP adds five times the change
+#                  to e, which becomes 2.6 for a 0 and -3.5 for a 1.
 #     LayerNorm    2.6 becomes +1, -3.5 becomes -1.
 @torch.no_grad()
 def folding_model():
@@ -342,7 +341,7 @@ def folding_model():
     normalized = model.final_layer_norm(0.003 * direction)[0]              # 0.69
     head.w_v.weight.copy_(torch.eye(2))
     block.attn.w_o.weight.copy_(torch.eye(2) * 0.0015 / normalized)
-    block.mlp[0].weight[0] = 4 * direction                                 # 4 e - 4 (-e) = 8 e
+    block.mlp[0].weight[0] = 4 * direction                                 # z = 4 e - 4 (-e)
     block.mlp[0].weight[1] = -4 * direction                                # -z
     block.mlp[2].weight[0] = 5
     block.mlp[2].weight[1] = -5
