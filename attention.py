@@ -98,7 +98,7 @@ def attention(q, k, v, mask=None, activation="softmax"):
     assert activation in ("softmax", "sigmoid"), activation
     assert mask is None or mask.dtype == torch.bool, "mask must be boolean, True = may attend"
 
-    # Divide q, because in half precision the product could overflow before a division.
+    # Divide q and not the product, which could overflow in half precision.
     q = q / math.sqrt(q.size(-1))
     scores = q @ k.transpose(-2, -1)                                       # (..., T_q, T_k)
     if mask is not None:
@@ -111,7 +111,7 @@ def attention(q, k, v, mask=None, activation="softmax"):
     else:
         weights = scores.sigmoid()
     if mask is not None:
-        # In such a row, softmax gives all keys the same weight. Make it 0, and so the output.
+        # In such a row softmax gives all keys the same weight. Set it to 0, and the output is 0, too.
         weights = weights.masked_fill(~mask, 0.0)
 
     output = weights @ v                                                   # (..., T_q, d_v)
