@@ -111,7 +111,7 @@ def attention(q, k, v, mask=None, activation="softmax"):
     else:
         weights = scores.sigmoid()
     if mask is not None:
-        # In such a row softmax gives all keys the same weight. Set it to 0, and the output is 0, too.
+        # In such a row softmax gives all keys the same weight. Make it 0, so that the output is 0.
         weights = weights.masked_fill(~mask, 0.0)
 
     output = weights @ v                                                   # (..., T_q, d_v)
