@@ -76,13 +76,13 @@ def attention_loops(queries, keys, values):
 #
 # Where do q, k and v come from? From learned linear maps. In self-attention, all three are maps of
 # the same sequence x: each token (for example, a word) gets a query (what it looks for), a key
-# (what it can be found by) and a value (what it passes on). In cross-attention, k and v are maps of
-# a second sequence, called memory: in translation, x is the target sentence and memory the encoded
-# source sentence.
+# (what it can be found by) and a value (what it passes on). In cross-attention, q is a map of x,
+# and k and v are maps of a second sequence, called memory. In translation, x is the target sentence
+# and memory the encoded source sentence.
 #
-# A mask says which keys a query may attend to. Padding must get no weight, because it is not part
-# of the sentence. A model that predicts the next token must not attend to later tokens, because
-# they contain the answer (a causal mask).
+# A mask says which keys a query may attend to. Padding, which makes sentences equally long, must
+# get no weight, because it is not part of the sentence. A model that predicts the next token must
+# not attend to later tokens, because they contain the answer (a causal mask).
 #
 # A sigmoid can replace softmax. Under softmax the keys compete: one weight can increase only if
 # others decrease. A sigmoid turns each score into a weight between 0 and 1 on its own, so they do
