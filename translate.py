@@ -184,26 +184,27 @@ class TransformerModel(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(max_len, d_model)
         self.dropout = nn.Dropout(dropout)
-        # Word dropout zeroes whole tokens, so the model learns not to rely on any single word
-        # (https://arxiv.org/abs/1905.11901). Half the rate of ordinary dropout worked well on the
-        # validation part of multi30k.
+        # Word dropout zeroes the embeddings of whole tokens (https://arxiv.org/abs/1905.11901), so
+        # the model learns not to rely on any single word. Half the rate of ordinary dropout worked
+        # well on the validation part of multi30k.
         self.token_dropout = nn.Dropout1d(dropout / 2)
         self.encoder = nn.ModuleList(
             EncoderBlock(d_model, n_heads, dropout) for _ in range(n_enc_layers))
         self.decoder = nn.ModuleList(
             DecoderBlock(d_model, n_heads, dropout) for _ in range(n_dec_layers))
-        # LayerNorm gives the output layer d_model inputs of standard deviation 1. With weights of
-        # standard deviation 1 / sqrt(d_model), so have the logits. The loss at step 0 is above that
-        # of a uniform prediction: such random logits add about 1/2, and the input token's own logit
-        # is larger, because the residual connections carry its embedding to the output.
+        # LayerNorm gives the output layer d_model inputs of standard deviation 1. Weights of
+        # standard deviation 1 / sqrt(d_model) make logits of standard deviation 1. The loss at step
+        # 0 is above that of a uniform prediction: such random logits add about 1/2, and the input
+        # token's own logit is larger, because residual connections carry its embedding to the
+        # output.
         nn.init.normal_(self.token_embedding.weight, std=d_model ** -0.5)
-        nn.init.normal_(self.position_embedding.weight, std=0.5)
+        nn.init.normal_(self.position_embedding.weight, std=0.5)    # tokens have 1, see embed
 
     def embed(self, tokens, start=0):
         """Tokens (B, T) at the positions start, start + 1, ... -> embeddings (B, T, d_model)."""
         d_model = self.token_embedding.embedding_dim
         positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
-        x = self.token_embedding(tokens) * math.sqrt(d_model)   # standard deviation 1
+        x = self.token_embedding(tokens) * math.sqrt(d_model)   # now with standard deviation 1
         x = self.token_dropout(x)
         return self.dropout(x + self.position_embedding(positions))
 
@@ -253,16 +254,17 @@ class TransformerModel(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Data 1: the toy language
 #
-# English shows by position who does what: the subject comes before the verb. In German, articles
-# mark a masculine object: "der" becomes "den", and "ein" becomes "einen". So it may come first:
+# English shows by position who does what: the subject comes before the verb. In German, the article
+# marks a masculine object: "der" becomes "den", and "ein" becomes "einen". So it may come first:
 #
 #     Der Mann sieht den Hund.                      The man sees the dog.
 #     Den Mann sieht der Hund.                      The dog sees the man.
 #     Gestern hat die Ärztin einen Vogel gehört.    Yesterday the doctor heard a bird.
 #
-# The finite verb is the second element, and a participle or infinitive comes last. Other objects
-# never come first here, because their articles do not mark them. So every German sentence has
-# exactly one translation: any other is wrong, and we know the German words of every English word.
+# The finite verb is the second element, and a participle or infinitive comes last. In our grammar
+# other objects never come first, because their articles do not mark them. So every German sentence
+# has exactly one translation. This lets us count any other translation as wrong, and we know the
+# German words of every English word.
 
 N_TOY_LINES = 209_773       # for --line, as in the exercise
 N_TOY_TRAINING_LINES = 100_000
@@ -419,7 +421,7 @@ def toy_pair(n):
                 english.append(word)
                 alignment.append([start[name] + i])
             else:
-                alignment[-1].append(start[name] + i)
+                alignment[-1].append(start[name] + i)   # a second word for "saw"
     alignment.append([len(german)])             # the full stop
     return _sentence(german), _sentence(english), alignment
 
@@ -819,7 +821,8 @@ def greedy(model, src):
 #   step 4    I sleep <eos> (-1.7)   We sleep well <eos> (-2.0)     both have ended
 #
 # Every token lowers the score, which favors short translations. So we compare score / length:
-# -1.7 / 3 = -0.57 and -2.0 / 4 = -0.50, and "We sleep well" wins. Greedy decoding is beam = 1.
+# -1.7 / 3 = -0.57 and -2.0 / 4 = -0.50, and "We sleep well" wins. With beam = 1, beam search is
+# greedy decoding.
 
 
 @torch.no_grad()
@@ -925,7 +928,8 @@ def bleu(translations, references):
         total = 0
         for words, reference_words in zip(ours, theirs):
             counts = count_ngrams(words, n)
-            common = counts & count_ngrams(reference_words, n)  # the smaller of both counts
+            # & takes the smaller count, so no n-gram of the reference is used twice.
+            common = counts & count_ngrams(reference_words, n)
             matches += common.total()
             total += counts.total()
         if total == 0 or (n == 1 and matches == 0):
@@ -951,7 +955,7 @@ def bleu(translations, references):
 # A head may look up the word to be written next or the word just written. So we score two rows for
 # each word: the one that *produces* it (as output) and the next one, which *consumes* it (as input;
 # Chen et al. 2020, https://arxiv.org/abs/2004.14837). After training, the rows of the last block
-# attend to the source of the word that they produce.
+# attend to the source of the word that they produce, and the gradient finds it nearly as often.
 
 
 def right_words(alignment, n_source_words):
@@ -1214,9 +1218,9 @@ def translate_texts(args):
 if __name__ == "__main__":
     start = time.perf_counter()
 
-    # Options. Those of training have a default for each corpus.
+    # Options
     CORPORA = ["toy", "tatoeba", "multi30k"]
-    TRAINING_OPTIONS = [
+    TRAINING_OPTIONS = [  # name, type, meaning, and the default for each corpus
         ("steps", positive(int), "training steps", 500, 30_000, 22_000),
         ("batch_tokens", positive(int), "tokens in each batch, both languages together",
          4000, 2000, 2000),
@@ -1257,7 +1261,7 @@ if __name__ == "__main__":
     if args.d_model % args.n_heads != 0:
         parser.error(f"--n_heads {args.n_heads} does not divide --d_model {args.d_model}")
 
-    # Without training: use weights that were trained before.
+    # Without training
     if args.line is not None:
         translate_line(args)
         sys.exit()
@@ -1271,8 +1275,8 @@ if __name__ == "__main__":
         print(f"result: {result} seconds={time.perf_counter() - start:.1f}")
         sys.exit()
 
-    # Several processes, started by torchrun (skip this on a first reading): each one takes a part of
-    # every batch, and DistributedDataParallel averages their gradients. Usually there is only one.
+    # Several processes, started by torchrun (skip this on a first reading). Each takes a part of
+    # every batch, and DistributedDataParallel averages the gradients. Usually there is only one.
     rank = 0            # the number of this process
     world_size = 1      # the number of processes
     if distributed.is_torchelastic_launched():
@@ -1349,7 +1353,7 @@ if __name__ == "__main__":
         batch = [examples[i] for i in indices[rank::world_size]]
         n_targets = sum(len(examples[i][1]) - 1 for i in indices)   # of all processes
 
-        # Forward: the mean loss of all targets. DistributedDataParallel divides by world_size.
+        # Forward: the mean loss of all targets. The factor world_size undoes the averaging above.
         loss = batch_loss(net, batch, args.device, label_smoothing=0.1) / n_targets * world_size
 
         # Backward, update. Clipping keeps a rare huge gradient from ruining the weights.
@@ -1359,8 +1363,8 @@ if __name__ == "__main__":
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
         optimizer.step()
 
-        # Log, and save a checkpoint. The validation loss can be lower than the loss, because it is
-        # computed without dropout and label smoothing.
+        # Log, and save a checkpoint. The validation loss can be lower than the loss, because it has
+        # no dropout and no label smoothing.
         if step == 0 and rank == 0:
             print(f"step 0/{args.steps}: loss {loss:.4f}, uniform prediction ln {vocab_size} = "
                   f"{math.log(vocab_size):.4f}", flush=True)
