@@ -97,7 +97,7 @@ class MultiHeadAttention(nn.Module):
         weights (B, H, T, S).
 
         When we decode token by token, earlier tokens do not attend to the new one, so their keys
-        and values stay the same. A dict `cache` keeps them, and memory holds only what is new:
+        and values stay the same. The dict `cache` keeps them, and memory is only what is new:
 
                    self-attention              cross-attention (7 source tokens)
                    memory     all keys         memory     all keys
@@ -538,8 +538,8 @@ def split_pairs(pairs, part):
     """The pairs in one part of a corpus. Those of "val" and "test" are new to the model.
 
     "Komm!" and "Komm her!" are both "Come here!", so the translation of a held-out sentence may
-    occur in training. Therefore a held-out pair counts only if neither of its sentences occurs
-    there, compared without case and punctuation. Of several translations, the first one counts.
+    occur in training. Therefore a held-out pair counts only if neither of its sentences does,
+    compared without case and punctuation. Of several translations, the first one counts.
     """
     train = [(german, english) for german, english in pairs if part_of(german) == "train"]
     if part == "train":
@@ -593,7 +593,7 @@ def _bytes_of(text):
 
 
 def merge(tokens, pair, token):
-    """Replace every occurrence of the pair in a list of tokens by the token."""
+    """Replace every occurrence of a pair of tokens by one token."""
     merged = []
     for t in tokens:
         if merged and (merged[-1], t) == pair:
@@ -955,7 +955,7 @@ def bleu(translations, references):
 # A head may look up the word to be written next or the word just written. So we score two rows for
 # each word: the one that *produces* it (as output) and the next one, which *consumes* it (as input;
 # Chen et al. 2020, https://arxiv.org/abs/2004.14837). After training, the rows of the last block
-# attend to the source of the word that they produce, and the gradient finds it nearly as often.
+# attend to the source of the word that they produce. The gradient finds it nearly as often.
 
 
 def right_words(alignment, n_source_words):
@@ -1056,7 +1056,7 @@ def plot_cross_attention(model, tokenizer, sentence, beam, path, reference=None,
 
 
 def _label(tokenizer, token):
-    """A token as the label of a heatmap; "_" stands for the space before a word."""
+    """A token as the label of a heatmap, with "_" for a space."""
     return tokenizer.decode([token]).replace(" ", "_") or "<eos>"
 
 
@@ -1065,12 +1065,12 @@ def _label(tokenizer, token):
 
 
 def path_of(folder, data, ending):
-    """The path of a file that belongs to this data, such as out/translate_toy.pt."""
+    """A path such as out/translate_toy.pt."""
     return os.path.join(folder, f"translate_{os.path.basename(data)}{ending}")
 
 
 def save(content, path):
-    """Save to a file. If the run is killed meanwhile, the old file stays as it is."""
+    """Save to a file. If the run is killed meanwhile, the old file is still there."""
     torch.save(content, path + ".tmp")
     os.replace(path + ".tmp", path)
 
@@ -1097,7 +1097,7 @@ def load_model(data, out_dir, device):
 
 
 def score(model, tokenizer, pairs, beam):
-    """The fraction of translations that are equal to the reference, and BLEU."""
+    """The fraction of translations that are equal to their reference, and BLEU."""
     translations = translate(model, tokenizer, [german for german, _ in pairs], beam)
     references = [english for _, english in pairs]
     n_exact = sum(ours == theirs for ours, theirs in zip(translations, references))
@@ -1105,7 +1105,7 @@ def score(model, tokenizer, pairs, beam):
 
 
 def test(args):
-    """Score the test part, and on the toy language measure the alignment. Returns the results."""
+    """Score the test part, and the alignment of the toy language. Returns the results."""
     model, tokenizer = load_model(args.data, args.out_dir, args.device)
     pairs = drop_long(tokenizer, load_pairs(args.data, "test"), "test")
     exact, bleu_score = score(model, tokenizer, pairs, args.beam)
@@ -1125,7 +1125,7 @@ def test(args):
 def test_alignment(model, tokenizer, out_dir):
     """Print and plot how often every head and the gradient find a right source word.
 
-    Returns the accuracies of the head that is best on the validation part, and of the gradient.
+    Returns the accuracies of the best head (on the validation part) and of the gradient.
     """
     val_accuracy, _, _ = alignment_accuracy(model, tokenizer, toy_lines("val", 10_000))
     test_lines = toy_lines("test", 30_000)
@@ -1328,7 +1328,8 @@ if __name__ == "__main__":
         try:
             checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
         except Exception as error:
-            sys.exit(f"cannot resume: {checkpoint_path} is damaged ({type(error).__name__})")
+            sys.exit(f"cannot resume: {checkpoint_path} is damaged ({type(error).__name__}), "
+                     "delete it and train again")
         if checkpoint["settings"] != settings:
             sys.exit(f"cannot resume: {checkpoint_path} was made with {checkpoint['settings']}, "
                      f"not {settings}")
