@@ -180,7 +180,8 @@ class TransformerModel(nn.Module):
                  dropout=0.1):
         super().__init__()
         self.max_len = max_len
-        # One matrix embeds source and target tokens and is the output layer (section 3.4).
+        # Both languages share their tokens, so one matrix embeds them all. It is also the output
+        # layer (section 3.4). Attention does not see the order of tokens, so positions are added.
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(max_len, d_model)
         self.dropout = nn.Dropout(dropout)
@@ -421,7 +422,7 @@ def toy_pair(n):
                 english.append(word)
                 alignment.append([start[name] + i])
             else:
-                alignment[-1].append(start[name] + i)   # a second word for "saw"
+                alignment[-1].append(start[name] + i)   # the second source word of "saw"
     alignment.append([len(german)])             # the full stop
     return _sentence(german), _sentence(english), alignment
 
@@ -914,7 +915,8 @@ def bleu_words(text):
 
 def count_ngrams(words, n):
     """How often every sequence of n words occurs."""
-    return collections.Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
+    ngrams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+    return collections.Counter(ngrams)
 
 
 def bleu(translations, references):
@@ -1132,7 +1134,9 @@ def test_alignment(model, tokenizer, out_dir):
     accuracy, chance, diagonal = alignment_accuracy(model, tokenizer, test_lines)
     gradient = gradient_accuracy(model, tokenizer, test_lines[:300])    # slower: a part is enough
     _, n_blocks, n_heads = accuracy.shape
-    heads = [f"{i + 1}.{j + 1}" for i in range(n_blocks) for j in range(n_heads)]
+    heads = []
+    for block in range(1, n_blocks + 1):
+        heads += [f"{block}.{head}" for head in range(1, n_heads + 1)]
     produces, consumes = accuracy.flatten(1).tolist()
     print("fraction of the target words whose most attended source word is right")
     print("decoder block.head         ", *(f"{head:>5}" for head in heads))
