@@ -48,10 +48,9 @@ from attention import attention, download, parse_args, plot_attention, positive
 # --------------------------------------------------------------------------------------------------
 # The Transformer (Figure 1 of the paper)
 #
-# A token is a word or a piece of one, stored as an integer. In the shapes, B is the number of
-# sentences, S and T are the numbers of source and target tokens, and H is the number of heads, each
-# of width d_k = d_model / H. A logit is the score of a token before softmax turns scores into
-# probabilities. Read the diagram from bottom to top:
+# A token is a word or a piece of one, stored as an integer. A logit is the score of a token before
+# softmax turns scores into probabilities. In the shapes there are B sentences, S source tokens, T
+# target tokens, and H heads of width d_k = d_model / H. Read from bottom to top:
 #
 #                                                        logits (B, T, vocab_size)
 #                                                      token embedding, transposed
@@ -67,17 +66,17 @@ from attention import attention, download, parse_args, plot_attention, positive
 #         token + position embedding                 token + position embedding
 #         src: German, EOS (B, S)                 tgt: BOS, English so far (B, T)
 #
-# "add & LayerNorm" adds the output of a layer to its input (the residual connection) and then
-# normalizes the sum. This order is called post-norm; parity.py normalizes first (pre-norm).
-# Three things differ from the paper: positions are learned instead of sinusoidal, the feed-forward
-# network is twice instead of four times as wide as the model, and there is word dropout.
+# "add & LayerNorm" adds a layer's input to its output (the residual connection) and normalizes the
+# sum. This is post-norm; parity.py normalizes first. Three things differ from the paper: positions
+# are learned instead of sinusoidal, the feed-forward network is 2 instead of 4 times as wide as the
+# model, and there is word dropout.
 
 PAD, BOS, EOS = 0, 1, 2     # padding, start of sentence, end of sentence
 MAX_LEN = 100               # number of positions
 
 
 class MultiHeadAttention(nn.Module):
-    """H attention heads side by side, each of width d_k = d_model / H (section 3.2.2)."""
+    """H attention heads side by side (section 3.2.2)."""
 
     def __init__(self, d_model, n_heads):
         super().__init__()
@@ -97,15 +96,14 @@ class MultiHeadAttention(nn.Module):
         Self-attention passes x as memory. Returns the output (B, T, d_model) and the attention
         weights (B, H, T, S).
 
-        `cache` is a dict that keeps keys and values between calls, for decoding token by token.
-        Then memory holds only what is new since the last call: the new tokens in self-attention,
-        and None in cross-attention, because the source does not change. The shapes of the keys
-        over three steps, for a source of 7 tokens:
+        When we decode token by token, earlier tokens do not attend to the new one, so their keys
+        and values stay the same. The dict `cache` keeps them, and memory is only what is new:
 
-                       self-attention                   cross-attention
-            step 1     1 new:       (B, H, 1, d_k)      7 new:    (B, H, 7, d_k)
-            step 2     1 + 1 new:   (B, H, 2, d_k)      none new: (B, H, 7, d_k)
-            step 3     2 + 1 new:   (B, H, 3, d_k)      none new: (B, H, 7, d_k)
+                   self-attention              cross-attention (7 source tokens)
+                   memory     all keys         memory     all keys
+            step 1 1 token    (B, H, 1, d_k)   7 tokens   (B, H, 7, d_k)
+            step 2 1 token    (B, H, 2, d_k)   None       (B, H, 7, d_k)
+            step 3 1 token    (B, H, 3, d_k)   None       (B, H, 7, d_k)
         """
         query = self.split(self.w_q(x))                         # (B, H, T, d_k)
         if memory is None:
@@ -120,21 +118,26 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             cache[self] = (key, value)
         output, weights = attention(query, key, value, mask)    # (B, H, T, d_k), (B, H, T, S)
-        output = output.transpose(1, 2).flatten(2)              # the heads side by side again
+        output = output.transpose(1, 2).flatten(2)              # (B, T, d_model)
         return self.w_o(output), weights
 
 
+def feed_forward(d_model):
+    """A network with one hidden layer, applied to each token on its own."""
+    return nn.Sequential(
+        nn.Linear(d_model, 2 * d_model),
+        nn.ReLU(),
+        nn.Linear(2 * d_model, d_model),
+    )
+
+
 class EncoderBlock(nn.Module):
-    """Self-attention over all source tokens, then the feed-forward network. Keeps the shape."""
+    """Self-attention over all source tokens, then the feed-forward network."""
 
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
         self.self_attention = MultiHeadAttention(d_model, n_heads)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(d_model, 2 * d_model),
-            nn.ReLU(),
-            nn.Linear(2 * d_model, d_model),
-        )
+        self.feed_forward = feed_forward(d_model)
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
@@ -153,11 +156,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.self_attention = MultiHeadAttention(d_model, n_heads)
         self.cross_attention = MultiHeadAttention(d_model, n_heads)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(d_model, 2 * d_model),
-            nn.ReLU(),
-            nn.Linear(2 * d_model, d_model),
-        )
+        self.feed_forward = feed_forward(d_model)
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
         self.norm3 = nn.LayerNorm(d_model)
@@ -166,9 +165,8 @@ class DecoderBlock(nn.Module):
     def forward(self, x, tgt_mask, memory, src_mask, cache=None):
         output, _ = self.self_attention(x, x, tgt_mask, cache)
         x = self.norm1(x + self.dropout(output))
-        # The source stays the same while we decode, so its keys and values are computed only once.
         if cache is not None and self.cross_attention in cache:
-            memory = None
+            memory = None                                       # the source is in the cache
         output, weights = self.cross_attention(x, memory, src_mask, cache)
         x = self.norm2(x + self.dropout(output))
         x = self.norm3(x + self.dropout(self.feed_forward(x)))
@@ -182,28 +180,29 @@ class TransformerModel(nn.Module):
                  dropout=0.1):
         super().__init__()
         self.max_len = max_len
-        # One matrix embeds source and target tokens and is the output layer (section 3.4).
+        # Both languages share their tokens, so one matrix embeds them all. It is also the output
+        # layer (section 3.4). Attention does not see the order of tokens, so positions are added.
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(max_len, d_model)
         self.dropout = nn.Dropout(dropout)
-        # Word dropout zeroes the embeddings of whole tokens (Sennrich and Zhang 2019,
-        # https://arxiv.org/abs/1905.11901), so the model learns not to rely on any single word.
-        # Half the rate of ordinary dropout worked well on the validation part of multi30k.
+        # Word dropout zeroes the embeddings of whole tokens (https://arxiv.org/abs/1905.11901), so
+        # the model learns not to rely on any single word. Half the rate of ordinary dropout worked
+        # well on the validation part of multi30k.
         self.token_dropout = nn.Dropout1d(dropout / 2)
         self.encoder = nn.ModuleList(
             EncoderBlock(d_model, n_heads, dropout) for _ in range(n_enc_layers))
         self.decoder = nn.ModuleList(
             DecoderBlock(d_model, n_heads, dropout) for _ in range(n_dec_layers))
-        # The output layer receives d_model numbers of standard deviation 1, because LayerNorm comes
-        # last. With embeddings of standard deviation 1 / sqrt(d_model), the initial logits have
-        # standard deviation 1 as well. The loss at step 0 is above that of a uniform prediction for
-        # two reasons: such random logits add about 1/2, and the logit of the input token itself is
-        # larger, because the residual connections carry its embedding to the output.
+        # LayerNorm gives the output layer d_model inputs of standard deviation 1. Weights of
+        # standard deviation 1 / sqrt(d_model) make logits of standard deviation 1. The loss at step
+        # 0 is above that of a uniform prediction: such random logits add about 1/2, and the input
+        # token's own logit is larger, because residual connections carry its embedding to the
+        # output.
         nn.init.normal_(self.token_embedding.weight, std=d_model ** -0.5)
-        nn.init.normal_(self.position_embedding.weight, std=0.5)
+        nn.init.normal_(self.position_embedding.weight, std=0.5)    # tokens have 1, see embed
 
     def embed(self, tokens, start=0):
-        """Embed tokens (B, T) at the positions start, start + 1, ... Returns (B, T, d_model)."""
+        """Tokens (B, T) at the positions start, start + 1, ... -> embeddings (B, T, d_model)."""
         d_model = self.token_embedding.embedding_dim
         positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
         x = self.token_embedding(tokens) * math.sqrt(d_model)   # now with standard deviation 1
@@ -212,7 +211,7 @@ class TransformerModel(nn.Module):
 
     def encode(self, src):
         """Source tokens (B, S) -> memory (B, S, d_model) and the source mask (B, 1, 1, S)."""
-        src_mask = (src != PAD)[:, None, None, :]               # True = may attend, not at padding
+        src_mask = (src != PAD)[:, None, None, :]               # True = may attend: no padding
         x = self.embed(src)
         for block in self.encoder:
             x = block(x, src_mask)
@@ -221,8 +220,7 @@ class TransformerModel(nn.Module):
     def decode(self, tgt, memory, src_mask, cache=None):
         """Target tokens (B, T) -> logits (B, T, vocab_size) and the cross-attention weights.
 
-        The weights are a list with one tensor (B, H, T, S) for each decoder block. With a cache,
-        tgt holds only the tokens that are new since the last call.
+        The weights are a list, (B, H, T, S) for each block. With a cache, tgt is only what is new.
         """
         start = 0                                               # number of tokens in the cache
         if cache:
@@ -230,13 +228,13 @@ class TransformerModel(nn.Module):
             start = cached_key.size(2)
         end = start + tgt.size(1)
         # The causal mask. 1 means may attend.
-        #     1 0 0 0    Row i is the query at position i, which predicts token i + 1. It may attend
-        #     1 1 0 0    to tokens 0 to i, but not to the token that it has to predict. So all
-        #     1 1 1 0    positions can be trained at once, in one forward pass.
-        #     1 1 1 1    With 3 tokens in the cache, tgt is token 3 alone, and only row 3 is needed.
-        # Padding is at the end of a sentence, later than every real token, so this mask hides it.
-        # A decoder block without cross-attention and with this mask is a block of GPT: GPT has no
-        # source, only the text so far, and predicts the next token.
+        #     1 0 0 0    Row i predicts token i + 1. It may attend to tokens 0 to i, but not to the
+        #     1 1 0 0    one that it predicts. So in training the input can be the whole reference,
+        #     1 1 1 0    and one forward pass trains all positions. With 3 tokens in the cache, tgt
+        #     1 1 1 1    is token 3 alone, and only row 3 is needed.
+        # Padding comes after all real tokens, so this mask hides it, too.
+        # Without cross-attention, these blocks are GPT, which has no source and predicts the next
+        # token from the text so far.
         tgt_mask = torch.ones(end, end, dtype=torch.bool, device=tgt.device).tril()
         tgt_mask = tgt_mask[start:]                             # (T, end)
         x = self.embed(tgt, start)
@@ -257,21 +255,19 @@ class TransformerModel(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Data 1: the toy language
 #
-# English shows by position who does what: the subject comes before the verb. German shows it by the
-# article, if a masculine noun is the object: "der" becomes "den", and "ein" becomes "einen". Then
-# the object may come first:
+# English shows by position who does what: the subject comes before the verb. In German, the article
+# marks a masculine object: "der" becomes "den", and "ein" becomes "einen". So it may come first:
 #
 #     Der Mann sieht den Hund.                      The man sees the dog.
 #     Den Mann sieht der Hund.                      The dog sees the man.
 #     Gestern hat die Ärztin einen Vogel gehört.    Yesterday the doctor heard a bird.
 #
-# The finite verb is the second element of the sentence, and a participle or infinitive comes last.
-# In our grammar the object comes first only if it is masculine and the subject is definite, because
-# "Den Mann sieht ein Hund" sounds odd. So every German sentence has exactly one translation. We
-# need that twice: a translation is right only if it is equal to the reference, and every English
-# word has known German source words.
+# The finite verb is the second element, and a participle or infinitive comes last. In our grammar
+# other objects never come first, because their articles do not mark them. So every German sentence
+# has exactly one translation. This lets us count any other translation as wrong, and we know the
+# German words of every English word.
 
-N_TOY_LINES = 209_773       # as in the exercise; --line accepts 1 to this
+N_TOY_LINES = 209_773       # for --line, as in the exercise
 N_TOY_TRAINING_LINES = 100_000
 
 NOUNS = {  # German, gender, English
@@ -305,7 +301,7 @@ ARTICLES = {  # of each gender: (indefinite, adjective ending), (definite, adjec
     "m": [("ein", "er"), ("der", "e")],
     "f": [("eine", "e"), ("die", "e")],
     "n": [("ein", "es"), ("das", "e")],
-    "m object": [("einen", "en"), ("den", "en")],  # only a masculine object differs from a subject
+    "m object": [("einen", "en"), ("den", "en")],
 }
 # German: finite form, infinitive, participle. English: base form, third person, past. Then the
 # kinds of nouns that can be the subject and the object.
@@ -338,119 +334,106 @@ VERBS = [
 
 
 def _pick(rng, options):
-    """A random element of a list. Unlike rng.choice, the same in every version of Python."""
+    """A random element. Unlike rng.choice, the same in every version of Python."""
     return options[int(rng.random() * len(options))]
 
 
-def _noun_phrase(rng, role, noun, kind, definite):
-    """An article, perhaps an adjective, and a noun: the German and the English words, in order."""
+def _noun_phrase(rng, noun, kind, definite, is_object):
+    """An article, perhaps an adjective, and a noun: a list of (German word, English word)."""
     german, gender, english = noun
-    case = gender
-    if role == "object" and gender == "m":
-        case = "m object"
-    article, ending = ARTICLES[case][definite]
-    german_words = [german]
-    english_words = [english]
+    if gender == "m" and is_object:
+        gender = "m object"
+    article, ending = ARTICLES[gender][definite]
+    words = [(german, english)]
     if rng.random() < 0.4:
-        stem, english_adjective = _pick(rng, ADJECTIVES[kind])
-        german_words = [stem + ending, german]
-        english_words = [english_adjective, english]
+        stem, adjective = _pick(rng, ADJECTIVES[kind])
+        words.insert(0, (stem + ending, adjective))
     if definite:
         english_article = "the"
-    elif english_words[0][0] in "aeiou":
+    elif words[0][1][0] in "aeiou":
         english_article = "an"
     else:
         english_article = "a"
-    return [article] + german_words, [english_article] + english_words
+    return [(article, english_article)] + words
 
 
 def toy_pair(n):
     """Line n of the toy language, from 1 on: the German sentence, the English one, the alignment.
 
-    The alignment has a list for every English word and the full stop: the indices of its German
-    words. "saw" has two of them, "hat" and "gesehen".
+    The alignment lists for every English word and the full stop the indices of its German words.
     """
     rng = random.Random(n)
-    # Choose the words.
     verb = _pick(rng, VERBS)
     present, infinitive, participle, base, third_person, past, subject_kinds, object_kinds = verb
     kind = _pick(rng, subject_kinds)
     subject_definite = rng.random() < 0.7
     subject_noun = _pick(rng, NOUNS[kind])
-    subject, subject_english = _noun_phrase(rng, "subject", subject_noun, kind, subject_definite)
+    subject = _noun_phrase(rng, subject_noun, kind, subject_definite, is_object=False)
     kind = _pick(rng, object_kinds)
     object_noun = _pick(rng, [noun for noun in NOUNS[kind] if noun != subject_noun])
     object_definite = rng.random() < 0.7
-    object_, object_english = _noun_phrase(rng, "object", object_noun, kind, object_definite)
+    object_ = _noun_phrase(rng, object_noun, kind, object_definite, is_object=True)
 
-    # Choose the tense: it decides the verb forms and which adverbs make sense.
+    # The tense decides the verb forms and which adverbs make sense.
     tense = _pick(rng, ["past", "present", "can"])
-    if tense == "past":         # Der Mann hat gestern den Hund gesehen. The man saw the dog ...
-        finite, last = "hat", [participle]
-        english_verb = [past]
-        adverb, adverb_english = _pick(rng, [(["gestern"], ["yesterday"]), ([], [])])
-    elif tense == "present":    # Der Mann sieht den Hund. The man sees the dog.
-        finite, last = present, []
-        english_verb = [third_person]
-        # No adverb. We draw a number all the same, because every line depends on all draws.
-        adverb, adverb_english = _pick(rng, [([], [])])
-    else:                       # Der Mann kann heute den Hund sehen. The man can see the dog ...
-        finite, last = "kann", [infinitive]
-        english_verb = ["can", base]
-        adverb, adverb_english = _pick(
-            rng, [(["heute"], ["today"]), (["morgen"], ["tomorrow"]), ([], [])])
+    if tense == "past":         # Der Mann hat gestern den Hund gesehen.
+        finite = [("hat", past)]
+        last = [(participle, "")]               # no word of its own: "hat gesehen" is "saw"
+        adverbs = [[("gestern", "yesterday")], []]
+    elif tense == "present":    # Der Mann sieht den Hund.
+        finite = [(present, third_person)]
+        last = []
+        adverbs = [[]]
+    else:                       # Der Mann kann heute den Hund sehen.
+        finite = [("kann", "can")]
+        last = [(infinitive, base)]
+        adverbs = [[("heute", "today")], [("morgen", "tomorrow")], []]
+    adverb = _pick(rng, adverbs)
 
-    # Choose what comes first in German, and put the parts in order.
+    # Choose what comes first in German. In English an adverb can come first, too.
     can_be_first = ["subject"]
-    if object_noun[1] == "m" and subject_definite:
+    if object_noun[1] == "m" and subject_definite:      # "Den Mann sieht ein Hund" sounds odd
         can_be_first.append("object")
     if adverb:
         can_be_first.append("adverb")
     first = _pick(rng, can_be_first)
+    english_order = ["subject", "finite", "last", "object", "adverb"]
     if first == "subject":
         german_order = ["subject", "finite", "adverb", "object", "last"]
     elif first == "object":
         german_order = ["object", "finite", "subject", "adverb", "last"]
     else:
         german_order = ["adverb", "finite", "subject", "object", "last"]
-    parts = {"subject": subject, "finite": [finite], "adverb": adverb, "object": object_,
+        english_order = ["adverb", "subject", "finite", "last", "object"]
+
+    # Put the parts in order.
+    parts = {"subject": subject, "finite": finite, "adverb": adverb, "object": object_,
              "last": last}
     german = []
-    position = {}                               # of each part: the index of its first word
+    start = {}                                  # of each part: the index of its first word
     for name in german_order:
-        position[name] = len(german)
-        german += parts[name]
-
-    # English has the order subject, verb, object. The adverb comes first or last.
-    subject_alignment = [[position["subject"] + i] for i in range(len(subject))]
-    object_alignment = [[position["object"] + i] for i in range(len(object_))]
-    adverb_alignment = [[position["adverb"]]] if adverb else []
-    if tense == "past":
-        verb_alignment = [[position["finite"], position["last"]]]
-    elif tense == "present":
-        verb_alignment = [[position["finite"]]]
-    else:
-        verb_alignment = [[position["finite"]], [position["last"]]]
-    english = subject_english + english_verb + object_english
-    alignment = subject_alignment + verb_alignment + object_alignment
-    if first == "adverb":
-        english = adverb_english + english
-        alignment = adverb_alignment + alignment
-    else:
-        english = english + adverb_english
-        alignment = alignment + adverb_alignment
+        start[name] = len(german)
+        german += [word for word, _ in parts[name]]
+    english = []
+    alignment = []
+    for name in english_order:
+        for i, (_, word) in enumerate(parts[name]):
+            if word:
+                english.append(word)
+                alignment.append([start[name] + i])
+            else:
+                alignment[-1].append(start[name] + i)   # the second source word of "saw"
     alignment.append([len(german)])             # the full stop
     return _sentence(german), _sentence(english), alignment
 
 
 def _sentence(words):
-    """Join the words, with a capital at the start and a full stop at the end."""
     text = " ".join(words) + "."
     return text[0].upper() + text[1:]
 
 
 def part_of(german):
-    """The part of a sentence pair: "train", or with a probability of 1/32 each "val" and "test".
+    """The part of a pair: "val" or "test" with a probability of 1/32 each, otherwise "train".
 
     A hash of the German sentence decides, so a sentence that occurs twice is in one part only.
     """
@@ -463,7 +446,7 @@ def part_of(german):
 
 
 def toy_lines(part, n_lines):
-    """The results of `toy_pair` in one part of the first `n_lines` lines, each sentence once."""
+    """The results of `toy_pair` in a part of the first `n_lines` lines, each sentence once."""
     lines = {}
     for n in range(1, n_lines + 1):
         german, english, alignment = toy_pair(n)
@@ -494,10 +477,9 @@ MULTI30K_SHA256 = {
 
 
 def normalize(text):
-    """Bring a text into a standard form: composed characters (Unicode NFC) and single spaces.
+    """A text with composed characters (Unicode NFC) and single spaces.
 
-    "ä" can be one character or two (a, then two dots), and there are many kinds of white space.
-    Such texts look the same, but to a tokenizer they are different. Every text goes through here.
+    "ä" can be one character or two (a, then dots): they look the same, but the tokens differ.
     """
     return " ".join(unicodedata.normalize("NFC", text).split())
 
@@ -505,15 +487,14 @@ def normalize(text):
 def fold(german):
     """German as the encoder reads it: in lower case, with ae, oe, ue and ss for ä, ö, ü and ß.
 
-    People type "wie gehts dir", "WIE GEHT ES DIR?" and "Maedchen". After folding, these are the
-    same tokens as in carefully typed text, so one model translates them all.
+    People also type "MÄDCHEN" or "maedchen" for "Mädchen". Folded, these are the same tokens.
     """
-    german = german.casefold()      # lower case, and "ss" for "ß"
+    german = german.casefold()      # also turns "ß" into "ss"
     return german.replace("ä", "ae").replace("ö", "oe").replace("ü", "ue")
 
 
 def read_file(data):
-    """The (German, English) pairs of "tatoeba" or of a text file, one for each line, normalized."""
+    """The normalized (German, English) pairs of "tatoeba" or a text file, one for each line."""
     try:
         if data == "tatoeba":
             path = os.path.join("data", "tatoeba", "deu-eng.zip")
@@ -536,7 +517,7 @@ def read_file(data):
 
 
 def read_multi30k(part):
-    """The (German, English) pairs of a part of Multi30k, normalized."""
+    """The normalized (German, English) pairs of a part of Multi30k."""
     if part == "test":
         part = "test_2016_flickr"
     sentences = {}
@@ -555,13 +536,11 @@ def _key(text):
 
 
 def split_pairs(pairs, part):
-    """The pairs in one part of a corpus, such that held-out sentences are new to the model.
+    """The pairs in one part of a corpus. Those of "val" and "test" are new to the model.
 
-    In everyday sentences one translation has many sources: "Komm!" and "Komm her!" are both "Come
-    here!". So `part_of` alone would hold out German sentences whose translation was seen in
-    training. A pair of "val" and "test" therefore counts only if neither of its sentences occurs in
-    training, compared without case and punctuation. A German sentence with several translations
-    counts once, with the first of those.
+    "Komm!" and "Komm her!" are both "Come here!", so the translation of a held-out sentence may
+    occur in training. Therefore a held-out pair counts only if neither of its sentences does,
+    compared without case and punctuation. Of several translations, the first one counts.
     """
     train = [(german, english) for german, english in pairs if part_of(german) == "train"]
     if part == "train":
@@ -579,10 +558,7 @@ def split_pairs(pairs, part):
 
 
 def load_pairs(data, part):
-    """The (German, English) pairs of a part of "toy", "tatoeba", "multi30k" or a text file.
-
-    The part is "train", "val" or "test".
-    """
+    """The (German, English) pairs of a part ("train", "val" or "test") of a corpus or text file."""
     if data == "toy":
         n_lines = {"train": N_TOY_TRAINING_LINES, "val": 10_000, "test": 30_000}[part]
         pairs = [(german, english) for german, english, _ in toy_lines(part, n_lines)]
@@ -598,12 +574,10 @@ def load_pairs(data, part):
 # --------------------------------------------------------------------------------------------------
 # Tokens: byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909)
 #
-# A model with one token for each word cannot read or write new words. A model with one token for
-# each letter needs long sequences. Byte-pair encoding is in between: frequent words are one token,
-# rare words are several pieces. Every text is a sequence of bytes (UTF-8), so the first tokens are
-# the 256 bytes. Then the most frequent pair of neighboring tokens becomes a new token, again and
-# again. Among equally frequent pairs, the one with the smallest tokens comes first. Five words, and
-# the first three merges:
+# With one token for each word, a model cannot read or write new words. With one for each letter,
+# sequences are long. Byte-pair encoding is in between: frequent words are one token, rare words are
+# several. It starts with the 256 bytes, because every text is a sequence of bytes (UTF-8). Then the
+# most frequent pair of neighboring tokens becomes a new token, again and again:
 #
 #     h u n d     h u n d e     h u n g e r     h a n d     b u n d
 #     h u nd      h u nd e      h u n g e r     h a nd      b u nd     1. n + d    (4 times)
@@ -615,12 +589,12 @@ FIRST_BYTE = EOS + 1                        # tokens: PAD, BOS, EOS, 256 bytes, 
 
 
 def _bytes_of(text):
-    """The tokens of the bytes of a text. A character that UTF-8 cannot encode becomes "?"."""
+    """The bytes of a text as tokens. A character that UTF-8 cannot encode becomes "?"."""
     return [FIRST_BYTE + byte for byte in text.encode("utf-8", errors="replace")]
 
 
 def merge(tokens, pair, token):
-    """Replace every occurrence of the pair in a list of tokens by one token."""
+    """Replace every occurrence of a pair of tokens by one token."""
     merged = []
     for t in tokens:
         if merged and (merged[-1], t) == pair:
@@ -632,7 +606,7 @@ def merge(tokens, pair, token):
 
 def learn_merges(texts, n_merges):
     """The first `n_merges` pairs to merge, in order. Stops early if no pair occurs twice."""
-    # Count the words, because the same word is split in the same way everywhere.
+    # A word is split in the same way everywhere, so keep it once, with its frequency.
     frequency_of = collections.Counter()
     for text in texts:
         frequency_of.update(WORD.findall(text))
@@ -655,21 +629,19 @@ def learn_merges(texts, n_merges):
         pair = min(pair for pair, count in counts.items() if count == most)  # a tie: the smallest
         token = FIRST_BYTE + 256 + len(merges)
         merges.append(pair)
-        # Only the words that contain the pair change: replace the counts of their pairs.
+        # Only the words that contain the pair change: count their pairs again.
         for i in words_with.pop(pair):
-            old_tokens = words[i]
-            new_tokens = merge(old_tokens, pair, token)
-            for p in zip(old_tokens, old_tokens[1:]):
+            for p in zip(words[i], words[i][1:]):
                 counts[p] -= frequencies[i]
-            for p in zip(new_tokens, new_tokens[1:]):
+            words[i] = merge(words[i], pair, token)
+            for p in zip(words[i], words[i][1:]):
                 counts[p] += frequencies[i]
                 words_with[p].add(i)
-            words[i] = new_tokens
     return merges
 
 
 class Tokenizer:
-    """Text to tokens and back. `merges` is a list of pairs of tokens, in order."""
+    """Text to tokens and back. `merges` is what `learn_merges` returns."""
 
     def __init__(self, merges):
         self.token_of = {}                              # (left, right) -> the merged token
@@ -678,10 +650,10 @@ class Tokenizer:
         for left, right in merges:
             self.token_of[left, right] = len(self.pieces)
             self.pieces.append(self.pieces[left] + self.pieces[right])
-        self.known = {}                                 # word -> its tokens, to encode it only once
+        self.known = {}                                 # word -> its tokens
 
     def encode(self, text):
-        """The tokens of a text, a list of ints."""
+        """The tokens of a text."""
         tokens = []
         for word in WORD.findall(text):
             if word not in self.known:
@@ -700,7 +672,7 @@ class Tokenizer:
             tokens = merge(tokens, first, self.token_of[first])
 
     def decode(self, tokens):
-        """The text of a list of tokens. A model can write invalid UTF-8: it becomes U+FFFD."""
+        """The text of a list of tokens. Invalid UTF-8, which a model can write, becomes U+FFFD."""
         data = b"".join(self.pieces[token] for token in tokens)
         return data.decode("utf-8", errors="replace")
 
@@ -711,7 +683,7 @@ def encode_source(tokenizer, german):
 
 
 def encode_pairs(tokenizer, pairs):
-    """(src, tgt) lists of tokens of (German, English) pairs; tgt has BOS before and EOS after."""
+    """(German, English) pairs -> pairs of lists of tokens (src, tgt)."""
     examples = []
     for german, english in pairs:
         src = encode_source(tokenizer, german)
@@ -723,15 +695,13 @@ def encode_pairs(tokenizer, pairs):
 def drop_long(tokenizer, pairs, part):
     """The pairs with fewer than MAX_LEN tokens in each language. Prints how many are left out."""
     short = []
-    for german, english in pairs:
-        n_source = len(encode_source(tokenizer, german)) - 1
-        n_target = len(tokenizer.encode(english))
-        if n_source < MAX_LEN and n_target < MAX_LEN:
+    for (german, english), (src, tgt) in zip(pairs, encode_pairs(tokenizer, pairs)):
+        if len(src) <= MAX_LEN and len(tgt) <= MAX_LEN + 1:     # the last EOS is never an input
             short.append((german, english))
     if not short:
         sys.exit(f"every pair of the {part} part has {MAX_LEN} tokens or more")
-    if len(short) < len(pairs):
-        n_dropped = len(pairs) - len(short)
+    n_dropped = len(pairs) - len(short)
+    if n_dropped:
         print(f"{part} part: {n_dropped} pairs of {MAX_LEN} tokens or more are left out")
     return short
 
@@ -743,12 +713,12 @@ def drop_long(tokenizer, pairs, part):
 def make_batches(examples, batch_tokens, seed):
     """Endless batches: lists of indices of examples, about `batch_tokens` tokens each.
 
-    All sentences of a batch are padded to the longest one. So we sort the sentences by length and
-    cut the sorted list into batches: then a batch has hardly any padding.
+    All sentences of a batch are padded to the longest one. So we sort them by length before we
+    cut them into batches, and hardly any padding is needed.
     """
     for epoch in itertools.count():
         rng = random.Random(seed + epoch)
-        # Adding 0 or 1 to the lengths at random makes the batches of every epoch different.
+        # Adding 0 or 1 to the lengths at random gives every epoch other batches.
         order = []
         for i, (src, tgt) in enumerate(examples):
             noisy_length = len(tgt) + int(2 * rng.random())
@@ -772,29 +742,29 @@ def make_batches(examples, batch_tokens, seed):
 
 
 def pad(rows, device):
-    """Lists of tokens -> a tensor (B, T). Shorter rows are filled with PAD."""
+    """Lists of tokens -> a tensor (B, T), filled with PAD."""
     longest = max(len(row) for row in rows)
     padded = [row + [PAD] * (longest - len(row)) for row in rows]
     return torch.tensor(padded, device=device)
 
 
 def batch_loss(model, examples, device, label_smoothing=0.0):
-    """Cross-entropy of the next token, summed over all target tokens that are not padding."""
+    """Cross-entropy of the next token, summed over all targets that are not padding."""
     src = pad([src for src, _ in examples], device)     # (B, S)
     tgt = pad([tgt for _, tgt in examples], device)     # (B, T + 1): BOS, the sentence, EOS
     logits, _ = model(src, tgt[:, :-1])                 # (B, T, vocab_size)
     targets = tgt[:, 1:]                                # (B, T): the token after each input token
-    # Label smoothing (section 5.4) gives 90 % of the target probability to the right token and
-    # spreads 10 % over all tokens. A probability of exactly 1 would need an infinite logit. Now the
-    # best logits are finite, and the model does not become overconfident. It also raises the loss:
-    # a perfect model now has the entropy of the smoothed targets instead of 0.
+    # A probability of 1 would need an infinite logit. With label smoothing of 0.1 (section 5.4) the
+    # right token's target is 90 %, and 10 % are spread over all tokens. So the best logits are
+    # finite, and the model does not become overconfident. The lowest possible loss is then not 0,
+    # but the entropy of these targets.
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD,
                            reduction="sum", label_smoothing=label_smoothing)
 
 
 @torch.no_grad()
 def validation_loss(model, examples, device):
-    """Mean cross-entropy of all target tokens, without label smoothing."""
+    """Mean cross-entropy of all targets, without label smoothing."""
     examples = sorted(examples, key=lambda example: len(example[1]))  # little padding
     total = 0.0
     for start in range(0, len(examples), 64):
@@ -806,8 +776,8 @@ def validation_loss(model, examples, device):
 def learning_rate(step, n_steps, peak):
     """The learning rate of a step: a linear warm-up to `peak`, then a cosine down to zero.
 
-    Adam's first steps rest on few gradients, which are unreliable, so these steps must be small.
-    At the end, small steps let the weights settle.
+    Adam's first steps must be small, because they rest on few gradients. At the end, small steps
+    let the weights settle.
     """
     warmup = max(1, min(n_steps // 10, 1000))
     if step < warmup:
@@ -828,7 +798,7 @@ def greedy(model, src):
     memory, src_mask = model.encode(src)
     cache = {}
     tokens = torch.full((len(src), 1), BOS, device=src.device)              # (B, 1)
-    ended = torch.zeros(len(src), dtype=torch.bool, device=src.device)      # (B,)
+    ended = torch.zeros(len(src), dtype=torch.bool, device=src.device)
     while tokens.size(1) < model.max_len and not ended.all():
         logits, _ = model.decode(tokens[:, -1:], memory, src_mask, cache)   # (B, 1, vocab_size)
         logits[..., PAD] = -math.inf                # never write padding inside a sentence
@@ -839,11 +809,10 @@ def greedy(model, src):
     return tokens[:, 1:]
 
 
-# Greedy decoding cannot go back. The best first word can lead to a sentence that is less probable
-# than one that starts with the second best word. Beam search keeps the `beam` best hypotheses
-# instead of one. A hypothesis is a partial translation, and its score is the sum of the log
-# probabilities of its tokens. Every step extends each hypothesis by every token, and keeps the best
-# of the results. With beam = 2, and the scores in brackets:
+# Greedy decoding cannot go back, but the best first word can lead to a less probable sentence than
+# the second best. So beam search keeps the `beam` best hypotheses. A hypothesis is a partial
+# translation, and its score is the sum of the log probabilities of its tokens. Every step extends
+# each hypothesis by every token and keeps the best results. With beam = 2:
 #
 #   step 1    I (-0.4)               We (-1.3)              ...     the 2 best first tokens
 #   step 2    I sleep (-0.9)         I am (-1.5)
@@ -852,16 +821,16 @@ def greedy(model, src):
 #             We sleep well (-1.8)   ...                            keep the first and the third
 #   step 4    I sleep <eos> (-1.7)   We sleep well <eos> (-2.0)     both have ended
 #
-# Every token lowers the score, so short translations would be favored. We therefore compare
-# score / length: -1.7 / 3 = -0.57 and -2.0 / 4 = -0.50, so "We sleep well" wins. With beam = 1,
-# beam search is greedy decoding.
+# Every token lowers the score, which favors short translations. So we compare score / length:
+# -1.7 / 3 = -0.57 and -2.0 / 4 = -0.50, and "We sleep well" wins. With beam = 1, beam search is
+# greedy decoding.
 
 
 @torch.no_grad()
 def beam_search(model, src, beam, length_penalty=1.0):
     """Translate src (B, S): the hypothesis with the highest score / length ** length_penalty.
 
-    Returns (B, T) as `greedy` does. The rows of a sentence's hypotheses are next to each other.
+    Returns (B, T) as `greedy` does. The hypotheses of a sentence are neighboring rows.
     """
     B = len(src)
     memory, src_mask = model.encode(src)
@@ -884,7 +853,7 @@ def beam_search(model, src, beam, length_penalty=1.0):
         log_probs[..., PAD][ended] = 0.0
         # Rank all extensions of a sentence by score / length, and keep the best.
         lengths = lengths + ~ended
-        extended = scores.unsqueeze(-1) + log_probs                         # (B, beam, vocab_size)
+        extended = scores.unsqueeze(-1) + log_probs
         ranking = extended / lengths.unsqueeze(-1) ** length_penalty
         _, best = ranking.flatten(1).topk(beam)                             # (B, beam), best first
         parent = best // vocab_size                 # which hypothesis is extended
@@ -901,10 +870,7 @@ def beam_search(model, src, beam, length_penalty=1.0):
 
 
 def translate(model, tokenizer, sentences, beam):
-    """Translate a list of strings. A blank one gives an empty one.
-
-    Sentences of similar length form batches of 64. Exits if a sentence has too many tokens.
-    """
+    """Translate a list of strings, in batches of similar length. A blank one becomes empty."""
     device = model.token_embedding.weight.device
     sentences = [normalize(sentence) for sentence in sentences]
     sources = [encode_source(tokenizer, sentence) for sentence in sentences]
@@ -912,8 +878,8 @@ def translate(model, tokenizer, sentences, beam):
         if len(source) > model.max_len:
             sys.exit(f"a text can have at most {model.max_len - 1} tokens, this one has "
                      f"{len(source) - 1}: {sentence[:40]}...")
-    not_blank = [i for i in range(len(sentences)) if sentences[i]]
-    order = sorted(not_blank, key=lambda i: len(sources[i]))
+    order = [i for i in range(len(sentences)) if sentences[i]]
+    order.sort(key=lambda i: len(sources[i]))
     translations = [""] * len(sentences)
     for start in range(0, len(order), 64):
         rows = order[start:start + 64]
@@ -931,9 +897,9 @@ def translate(model, tokenizer, sentences, beam):
 # BLEU (Papineni et al. 2002, https://aclanthology.org/P02-1040): how similar to the references?
 #
 # An n-gram is a sequence of n words. For n = 1 to 4, the precision is the fraction of the
-# translation's n-grams that occur in the reference. BLEU is the geometric mean of the four
-# precisions, times 100, reduced if the translations are shorter than the references. It compares
-# with one reference, and there are many good translations, so people are far below 100, too.
+# translations' n-grams that occur in the reference. BLEU is the geometric mean of the four, times
+# 100, and less if the translations are shorter than the references. People are far below 100, too,
+# because there are many good translations and only one reference.
 
 
 def bleu_words(text):
@@ -949,48 +915,49 @@ def bleu_words(text):
 
 def count_ngrams(words, n):
     """How often every sequence of n words occurs."""
-    counts = collections.Counter()
-    for start in range(len(words) - n + 1):
-        counts[tuple(words[start:start + n])] += 1
-    return counts
+    ngrams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+    return collections.Counter(ngrams)
 
 
 def bleu(translations, references):
     """BLEU from 0 to 100, as sacreBLEU computes it by default, with one reference each."""
-    matches = [0, 0, 0, 0]              # n-grams that occur in the reference, n = 1 to 4
-    totals = [0, 0, 0, 0]               # all n-grams of the translations
-    reference_length = 0
-    for translation, reference in zip(translations, references):
-        words = bleu_words(translation)
-        reference_words = bleu_words(reference)
-        reference_length += len(reference_words)
-        for n in range(1, 5):
-            ours = count_ngrams(words, n)
-            theirs = count_ngrams(reference_words, n)
-            common = ours & theirs      # the smaller count: no reference n-gram is used twice
-            matches[n - 1] += common.total()
-            totals[n - 1] += ours.total()
-    if matches[0] == 0 or totals[3] == 0:
-        return 0.0
+    ours = [bleu_words(text) for text in translations]
+    theirs = [bleu_words(text) for text in references]
     log_precision = 0.0
     n_zeros = 0
-    for match, total in zip(matches, totals):
-        if match == 0:                  # smoothing: the first zero counts 1/2, the next 1/4, ...
+    for n in range(1, 5):
+        matches = 0
+        total = 0
+        for words, reference_words in zip(ours, theirs):
+            counts = count_ngrams(words, n)
+            # & takes the smaller count, so no n-gram of the reference is used twice.
+            common = counts & count_ngrams(reference_words, n)
+            matches += common.total()
+            total += counts.total()
+        if total == 0 or (n == 1 and matches == 0):
+            return 0.0
+        if matches == 0:                # smoothing: the first zero counts 1/2, the next 1/4, ...
             n_zeros += 1
-            match = 0.5 ** n_zeros
-        log_precision += math.log(match / total) / 4
-    log_brevity_penalty = min(0.0, 1 - reference_length / totals[0])
+            matches = 0.5 ** n_zeros
+        log_precision += math.log(matches / total) / 4
+    n_words = sum(len(words) for words in ours)
+    n_reference_words = sum(len(words) for words in theirs)
+    log_brevity_penalty = min(0.0, 1 - n_reference_words / n_words)
     return 100 * math.exp(log_precision + log_brevity_penalty)
 
 
 # --------------------------------------------------------------------------------------------------
 # Looking inside: which source word does each target word come from?
 #
-# In the toy language we know the answer, so we can score two kinds of guesses. A head's guess is
-# the source word with the largest attention weight. The gradient's guess is the source word where a
-# small change of the embedding changes the target word's log probability the most. This is the
-# method of saliency.py, tried where the right answer is known. The baselines are the word at the
-# same position (diagonal) and a random word (chance).
+# In the toy language we know the answer, so we can score guesses. A head's guess is the source word
+# with the largest attention weight. The gradient's guess, as in saliency.py, is the source word
+# where a small change of the embedding changes the log probability of the target word the most. The
+# baselines are the word at the same position (diagonal) and a random word (chance).
+#
+# A head may look up the word to be written next or the word just written. So we score two rows for
+# each word: the one that *produces* it (as output) and the next one, which *consumes* it (as input;
+# Chen et al. 2020, https://arxiv.org/abs/2004.14837). After training, the rows of the last block
+# attend to the source of the word that they produce. The gradient finds it nearly as often.
 
 
 def right_words(alignment, n_source_words):
@@ -1002,10 +969,9 @@ def right_words(alignment, n_source_words):
 
 
 def encode_line(model, tokenizer, line):
-    """The source tokens (1, S + 1) with EOS, the target tokens (1, T + 2) with BOS and full stop,
-    and the right words (T, S) of a line of the toy language.
+    """A line of the toy language: src (1, S + 1), tgt (1, T + 2) and the right words (T, S).
 
-    S counts the source's full stop, T does not count the target's: it is too easy to find.
+    S does not count EOS. T counts neither BOS nor the full stop, which is too easy to find.
     """
     german, english, alignment = line
     src = encode_source(tokenizer, german)
@@ -1019,13 +985,9 @@ def encode_line(model, tokenizer, line):
 
 
 def alignment_accuracy(model, tokenizer, lines):
-    """How often each head attends most to a right source word (2, n_dec_layers, H).
+    """How often each head (2, n_dec_layers, H), chance and the diagonal are right.
 
-    Also returns how often chance and the diagonal are right. For the input "<bos> The man", row 0
-    of the weights *produces* "The" (its output predicts it), and row 1 *consumes* it (it is that
-    row's input). A head may look up the word to be written next, or the word just written. So both
-    rows can be read as the alignment of "The" (Chen et al. 2020, https://arxiv.org/abs/2004.14837),
-    and the first dimension of the result is for these two.
+    Index 0 is for the rows that produce a word, index 1 for the rows that consume it.
     """
     hits = 0
     chance = 0
@@ -1049,18 +1011,13 @@ def alignment_accuracy(model, tokenizer, lines):
 
 
 def gradient_accuracy(model, tokenizer, lines):
-    """How often the largest gradient is at a right source word.
-
-    The gradient is that of the target word's log probability with respect to the embedding of each
-    source word, and its size is the norm. It says how much a small change of the source word would
-    change the target word.
-    """
+    """How often the source word whose gradient has the largest norm is right."""
     hits = 0
     n_words = 0
     for line in lines:
         src, tgt, right = encode_line(model, tokenizer, line)
         T, S = right.shape
-        # One copy of the sentence for each target word, so one backward pass gives all gradients.
+        # With a copy of the sentence for each target word, one backward pass gives all gradients.
         src_mask = (src != PAD)[:, None, None, :]
         embeddings = model.embed(src).repeat(T, 1, 1).requires_grad_()      # (T, S + 1, d_model)
         memory = embeddings
@@ -1071,7 +1028,7 @@ def gradient_accuracy(model, tokenizer, lines):
         words = torch.arange(T)
         produced = log_probs[words, words, tgt[0, 1:T + 1]]     # copy t: of target word t alone
         gradient = torch.autograd.grad(produced.sum(), embeddings)[0]
-        guess = gradient.norm(dim=-1)[:, :S].argmax(dim=-1).cpu()           # (T,)
+        guess = gradient.norm(dim=-1)[:, :S].argmax(dim=-1).cpu()
         hits += right[words, guess].sum()
         n_words += T
     return hits / n_words
@@ -1080,7 +1037,7 @@ def gradient_accuracy(model, tokenizer, lines):
 def plot_cross_attention(model, tokenizer, sentence, beam, path, reference=None, alignment=None):
     """Heatmaps of the last decoder block's heads. A row is labeled with the token it produces.
 
-    If the translation is equal to the reference, a dot marks the right cells of each row.
+    If the translation is equal to the reference, dots mark the right cells.
     """
     device = model.token_embedding.weight.device
     src = pad([encode_source(tokenizer, sentence)], device)             # (1, S)
@@ -1093,17 +1050,15 @@ def plot_cross_attention(model, tokenizer, sentence, beam, path, reference=None,
     marks = None
     if alignment and tokenizer.decode(tokens[0].tolist()) == reference:
         right = right_words(alignment, src.size(1) - 1)
-        marks = F.pad(right, (0, 1, 0, 1))                              # EOS has no right cell
-        if marks.shape == weights.shape[-2:]:                           # one token for each word
-            marks = marks.expand_as(weights[0])
-        else:
-            marks = None
+        right = F.pad(right, (0, 1, 0, 1))                              # EOS has no right cell
+        if right.shape == weights.shape[-2:]:                           # one token for each word
+            marks = right.expand_as(weights[0])
     plot_attention(weights[0], source_labels, produced_labels, path,
                    x_name="source token", y_name="produced token", marks=marks)
 
 
 def _label(tokenizer, token):
-    """A token as the label of a heatmap; "_" stands for the space before a word."""
+    """A token as the label of a heatmap, with "_" for a space."""
     return tokenizer.decode([token]).replace(" ", "_") or "<eos>"
 
 
@@ -1111,19 +1066,29 @@ def _label(tokenizer, token):
 # Using a trained model: --test, --line and --text
 
 
+def path_of(folder, data, ending):
+    """A path such as out/translate_toy.pt."""
+    return os.path.join(folder, f"translate_{os.path.basename(data)}{ending}")
+
+
+def save(content, path):
+    """Save to a file. If the run is killed meanwhile, the old file is still there."""
+    torch.save(content, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
 def load_model(data, out_dir, device):
     """The trained model for this data and its tokenizer, from `out_dir` or else from assets/."""
-    name = f"translate_{os.path.basename(data)}.pt"
-    path = os.path.join(out_dir, name)
+    path = path_of(out_dir, data, ".pt")
     if not os.path.exists(path):
-        path = os.path.join(os.path.dirname(__file__), "assets", name)
+        path = path_of(os.path.join(os.path.dirname(__file__), "assets"), data, ".pt")
     if not os.path.exists(path):
         sys.exit(f"there are no weights for {data}: train them with "
                  f"python translate.py --data {data} --out_dir {out_dir}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model = TransformerModel(*saved["sizes"], dropout=0.0)
-        model.load_state_dict(saved["weights"])     # stored in half precision
+        model.load_state_dict(saved["weights"])
         tokenizer = Tokenizer(saved["merges"])
     except Exception as error:                      # torch.load can fail in many ways
         sys.exit(f"{path} does not hold weights of translate.py ({type(error).__name__}): "
@@ -1133,33 +1098,28 @@ def load_model(data, out_dir, device):
     return model, tokenizer
 
 
-def score(model, tokenizer, sentences, references, beam):
+def score(model, tokenizer, pairs, beam):
     """The fraction of translations that are equal to their reference, and BLEU."""
-    translations = translate(model, tokenizer, sentences, beam)
-    n_exact = 0
-    for translation, reference in zip(translations, references):
-        if translation == reference:
-            n_exact += 1
-    return n_exact / len(references), bleu(translations, references)
+    translations = translate(model, tokenizer, [german for german, _ in pairs], beam)
+    references = [english for _, english in pairs]
+    n_exact = sum(ours == theirs for ours, theirs in zip(translations, references))
+    return n_exact / len(pairs), bleu(translations, references)
 
 
 def test(args):
-    """Score the test part, and on the toy language measure the alignment. Returns the results."""
+    """Score the test part, and the alignment of the toy language. Returns the results."""
     model, tokenizer = load_model(args.data, args.out_dir, args.device)
     pairs = drop_long(tokenizer, load_pairs(args.data, "test"), "test")
-    german = [pair[0] for pair in pairs]
-    english = [pair[1] for pair in pairs]
-    exact, bleu_score = score(model, tokenizer, german, english, args.beam)
+    exact, bleu_score = score(model, tokenizer, pairs, args.beam)
     n_params = sum(p.numel() for p in model.parameters())
     result = f"exact={exact:.4f} bleu={bleu_score:.2f}"
     if args.data == "toy":
         alignment, gradient = test_alignment(model, tokenizer, args.out_dir)
         result += f" alignment={alignment:.4f} gradient={gradient:.4f}"
     if args.data == "tatoeba":
-        # Careless typing. Lower case, capitals, ae for ä and ss for ß change nothing after `fold`.
-        # What is left to measure is a missing full stop.
-        careless = [sentence.lower().removesuffix(".") for sentence in german]
-        _, careless_bleu = score(model, tokenizer, careless, english, args.beam)
+        # Careless typing: after `fold`, only the missing full stop makes a difference.
+        careless = [(german.lower().removesuffix("."), english) for german, english in pairs]
+        _, careless_bleu = score(model, tokenizer, careless, args.beam)
         print(f"in lower case and without the final full stop: BLEU {careless_bleu:.2f}")
     return f"{result} params={n_params}"
 
@@ -1167,19 +1127,16 @@ def test(args):
 def test_alignment(model, tokenizer, out_dir):
     """Print and plot how often every head and the gradient find a right source word.
 
-    Returns the accuracy of the best head, which is chosen on the validation part, and that of the
-    gradient.
+    Returns the accuracies of the best head (on the validation part) and of the gradient.
     """
     val_accuracy, _, _ = alignment_accuracy(model, tokenizer, toy_lines("val", 10_000))
     test_lines = toy_lines("test", 30_000)
     accuracy, chance, diagonal = alignment_accuracy(model, tokenizer, test_lines)
     gradient = gradient_accuracy(model, tokenizer, test_lines[:300])    # slower: a part is enough
-    best = val_accuracy.argmax()                                        # index into all heads
     _, n_blocks, n_heads = accuracy.shape
     heads = []
     for block in range(1, n_blocks + 1):
-        for head in range(1, n_heads + 1):
-            heads.append(f"{block}.{head}")
+        heads += [f"{block}.{head}" for head in range(1, n_heads + 1)]
     produces, consumes = accuracy.flatten(1).tolist()
     print("fraction of the target words whose most attended source word is right")
     print("decoder block.head         ", *(f"{head:>5}" for head in heads))
@@ -1195,26 +1152,23 @@ def test_alignment(model, tokenizer, out_dir):
     axis.axhline(chance, color="grey", linestyle=":", label="chance")
     axis.set(xlabel="decoder block.head", ylabel="accuracy", ylim=(-0.05, 1.05))
     figure.legend(loc="outside upper center", ncols=3, fontsize=8)
-    path = os.path.join(out_dir, "translate_alignment.png")
+    path = path_of(out_dir, "alignment", ".png")
     figure.savefig(path, dpi=100)
     plt.close(figure)
     print(f"saved {path}")
-    return accuracy.flatten()[best].item(), gradient.item()
+    return accuracy.flatten()[val_accuracy.argmax()].item(), gradient.item()
 
 
 def translate_line(args):
     """Translate line --line of the data, and print it beside the reference."""
-    alignment = None
     if args.data == "toy":
         n_lines = N_TOY_LINES
     else:
-        if args.data == "multi30k":
-            pairs = read_multi30k("test")
-        else:
-            pairs = read_file(args.data)
+        pairs = read_multi30k("test") if args.data == "multi30k" else read_file(args.data)
         n_lines = len(pairs)
     if not 1 <= args.line <= n_lines:
         sys.exit(f"--line {args.line}: {args.data} has lines 1 to {n_lines}")
+    alignment = None
     if args.data == "toy":
         german, english, alignment = toy_pair(args.line)
     else:
@@ -1236,7 +1190,7 @@ def translate_line(args):
         held_out = "yes, but its translation occurs in training"
     print(f"held out:    {held_out}")
     if args.plot:
-        path = os.path.join(args.out_dir, f"translate_{os.path.basename(args.data)}.png")
+        path = path_of(args.out_dir, args.data, ".png")
         plot_cross_attention(model, tokenizer, german, args.beam, path, english, alignment)
 
 
@@ -1261,23 +1215,27 @@ def translate_texts(args):
     for n, (sentence, translation) in enumerate(zip(sentences, translations), start=1):
         print(translation)
         if args.plot and translation:
-            name = f"translate_{os.path.basename(args.data)}_{n}.png"
-            path = os.path.join(args.out_dir, name)
+            path = path_of(args.out_dir, args.data, f"_{n}.png")
             plot_cross_attention(model, tokenizer, normalize(sentence), args.beam, path)
 
 
 if __name__ == "__main__":
     start = time.perf_counter()
 
-    # Options. Those of training have a default for each corpus; "tatoeba" is for text files, too.
-    DEFAULTS = {
-        "toy": dict(steps=500, batch_tokens=4000, lr=0.003, dropout=0.1, merges=600,
-                    d_model=64, n_heads=4, n_enc_layers=2, n_dec_layers=2),
-        "tatoeba": dict(steps=30_000, batch_tokens=2000, lr=0.0015, dropout=0.1, merges=8000,
-                        d_model=192, n_heads=4, n_enc_layers=3, n_dec_layers=3),
-        "multi30k": dict(steps=22_000, batch_tokens=2000, lr=0.0015, dropout=0.25, merges=4000,
-                         d_model=192, n_heads=4, n_enc_layers=3, n_dec_layers=3),
-    }
+    # Options
+    CORPORA = ["toy", "tatoeba", "multi30k"]
+    TRAINING_OPTIONS = [  # name, type, meaning, and the default for each corpus
+        ("steps", positive(int), "training steps", 500, 30_000, 22_000),
+        ("batch_tokens", positive(int), "tokens in each batch, both languages together",
+         4000, 2000, 2000),
+        ("lr", positive(float), "peak learning rate", 0.003, 0.0015, 0.0015),
+        ("dropout", float, "dropout probability", 0.1, 0.1, 0.25),
+        ("merges", positive(int), "byte-pair merges", 600, 8000, 4000),
+        ("d_model", positive(int), "width of the model", 64, 192, 192),
+        ("n_heads", positive(int), "attention heads", 4, 4, 4),
+        ("n_enc_layers", positive(int), "encoder blocks", 2, 3, 3),
+        ("n_dec_layers", positive(int), "decoder blocks", 2, 3, 3),
+    ]
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", default=argparse.SUPPRESS,
                         help="toy (the default), multi30k (the default with --text), tatoeba, or a "
@@ -1295,30 +1253,19 @@ if __name__ == "__main__":
                         help="with --line or --text: plot the cross-attention")
     parser.add_argument("--beam", type=positive(int), default=5,
                         help="hypotheses in beam search; 1 is greedy decoding")
-    training_options = [
-        ("steps", positive(int), "training steps"),
-        ("batch_tokens", positive(int), "tokens in each batch, both languages together"),
-        ("lr", positive(float), "peak learning rate"),
-        ("dropout", float, "dropout probability"),
-        ("merges", positive(int), "byte-pair merges"),
-        ("d_model", positive(int), "width of the model"),
-        ("n_heads", positive(int), "attention heads"),
-        ("n_enc_layers", positive(int), "encoder blocks"),
-        ("n_dec_layers", positive(int), "decoder blocks"),
-    ]
-    for name, kind, text in training_options:
-        values = ", ".join(f"{data} {defaults[name]}" for data, defaults in DEFAULTS.items())
+    for name, kind, text, *defaults in TRAINING_OPTIONS:
+        values = ", ".join(f"{data} {value}" for data, value in zip(CORPORA, defaults))
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS,
                             help=f"{text} ({values})")
     args = parse_args(parser)
     vars(args).setdefault("data", "multi30k" if args.text else "toy")
-    defaults = DEFAULTS.get(args.data, DEFAULTS["tatoeba"])
-    for name, value in defaults.items():
-        vars(args).setdefault(name, value)
+    corpus = args.data if args.data in CORPORA else "tatoeba"   # a text file has its defaults
+    for name, _, _, *defaults in TRAINING_OPTIONS:
+        vars(args).setdefault(name, defaults[CORPORA.index(corpus)])
     if args.d_model % args.n_heads != 0:
         parser.error(f"--n_heads {args.n_heads} does not divide --d_model {args.d_model}")
 
-    # Without training: use weights that were trained before.
+    # Without training
     if args.line is not None:
         translate_line(args)
         sys.exit()
@@ -1332,11 +1279,10 @@ if __name__ == "__main__":
         print(f"result: {result} seconds={time.perf_counter() - start:.1f}")
         sys.exit()
 
-    # Several processes, started by torchrun (skip this on a first reading). Every process has a
-    # rank from 0 to world_size - 1, and takes a part of each batch. DistributedDataParallel
-    # averages their gradients. Usually there is one process, with rank 0.
-    rank = 0
-    world_size = 1
+    # Several processes, started by torchrun (skip this on a first reading). Each takes a part of
+    # every batch, and DistributedDataParallel averages the gradients. Usually there is only one.
+    rank = 0            # the number of this process
+    world_size = 1      # the number of processes
     if distributed.is_torchelastic_launched():
         rank = int(os.environ["RANK"])
         world_size = int(os.environ["WORLD_SIZE"])
@@ -1345,7 +1291,7 @@ if __name__ == "__main__":
         distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
 
     # Files: the weights, and beside them the checkpoint of an unfinished run.
-    weights_path = os.path.join(args.out_dir, f"translate_{os.path.basename(args.data)}.pt")
+    weights_path = path_of(args.out_dir, args.data, ".pt")
     checkpoint_path = weights_path + ".checkpoint"
     if args.resume and not os.path.exists(checkpoint_path):
         sys.exit(f"there is nothing to resume: {checkpoint_path} does not exist")
@@ -1366,24 +1312,28 @@ if __name__ == "__main__":
     examples = encode_pairs(tokenizer, train_pairs)
     val_examples = encode_pairs(tokenizer, val_pairs)
 
-    # Model and optimizer
+    # Model and optimizer (betas and eps are those of section 5.3)
     vocab_size = len(tokenizer.pieces)
     sizes = [vocab_size, MAX_LEN, args.d_model, args.n_heads, args.n_enc_layers, args.n_dec_layers]
     model = TransformerModel(*sizes, dropout=args.dropout).to(args.device)
     n_params = sum(p.numel() for p in model.parameters())
-    # betas and eps are those of section 5.3 of the paper
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
     if rank == 0:
         print(f"{n_params:,} parameters, {len(examples):,} training pairs, "
               f"{len(val_examples):,} validation pairs")
 
     # Resume an interrupted run, with the options and the data that it had.
-    settings = {name: getattr(args, name) for name in ["data", "seed", *defaults]}
-    settings["checksum of the data"] = checksum
-    settings["processes"] = world_size
+    settings = {"data": args.data, "seed": args.seed, "checksum of the data": checksum,
+                "processes": world_size}
+    for name, *_ in TRAINING_OPTIONS:
+        settings[name] = getattr(args, name)
     first_step = 0
     if args.resume:
-        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        try:
+            checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            sys.exit(f"cannot resume: {checkpoint_path} is damaged ({type(error).__name__}), "
+                     "delete it and train again")
         if checkpoint["settings"] != settings:
             sys.exit(f"cannot resume: {checkpoint_path} was made with {checkpoint['settings']}, "
                      f"not {settings}")
@@ -1408,8 +1358,7 @@ if __name__ == "__main__":
         batch = [examples[i] for i in indices[rank::world_size]]
         n_targets = sum(len(examples[i][1]) - 1 for i in indices)   # of all processes
 
-        # Forward: the mean loss of all targets. DistributedDataParallel divides the sum of the
-        # gradients by world_size, so we multiply by it.
+        # Forward: the mean loss of all targets. The factor world_size undoes the averaging above.
         loss = batch_loss(net, batch, args.device, label_smoothing=0.1) / n_targets * world_size
 
         # Backward, update. Clipping keeps a rare huge gradient from ruining the weights.
@@ -1419,13 +1368,13 @@ if __name__ == "__main__":
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
         optimizer.step()
 
-        # Log, and save a checkpoint. os.replace is atomic: a run that is killed while it saves
-        # leaves the old checkpoint or the new one, but not half a file.
+        # Log, and save a checkpoint. The validation loss can be lower than the loss, because it has
+        # no dropout and no label smoothing.
         if step == 0 and rank == 0:
             print(f"step 0/{args.steps}: loss {loss:.4f}, uniform prediction ln {vocab_size} = "
                   f"{math.log(vocab_size):.4f}", flush=True)
         if (step + 1) % max(1, args.steps // 20) == 0 and rank == 0:
-            model.eval()                                    # without dropout
+            model.eval()
             val_loss = validation_loss(model, val_examples, args.device)
             seconds = time.perf_counter() - start
             print(f"step {step + 1}/{args.steps}: loss {loss:.4f}, "
@@ -1433,8 +1382,7 @@ if __name__ == "__main__":
             print("   ", *translate(model, tokenizer, [val_pairs[0][0]], args.beam), flush=True)
             checkpoint = {"settings": settings, "step": step + 1, "model": model.state_dict(),
                           "optimizer": optimizer.state_dict()}
-            torch.save(checkpoint, checkpoint_path + ".tmp")
-            os.replace(checkpoint_path + ".tmp", checkpoint_path)
+            save(checkpoint, checkpoint_path)
 
     if world_size > 1:
         distributed.destroy_process_group()
@@ -1443,18 +1391,15 @@ if __name__ == "__main__":
 
     # Save the weights in half precision: they are half as large, and translate as well.
     weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    saved = {"sizes": sizes, "merges": tokenizer_merges, "steps": args.steps, "weights": weights}
-    torch.save(saved, weights_path + ".tmp")
-    os.replace(weights_path + ".tmp", weights_path)
+    save({"sizes": sizes, "merges": tokenizer_merges, "steps": args.steps, "weights": weights},
+         weights_path)
     if os.path.exists(checkpoint_path):
         os.remove(checkpoint_path)
     print(f"saved {weights_path}")
 
     # Evaluation, with the weights as saved
     model, tokenizer = load_model(args.data, args.out_dir, args.device)
-    german = [pair[0] for pair in val_pairs]
-    english = [pair[1] for pair in val_pairs]
-    exact, bleu_score = score(model, tokenizer, german, english, args.beam)
+    exact, bleu_score = score(model, tokenizer, val_pairs, args.beam)
     seconds = time.perf_counter() - start
     print(f"result: exact={exact:.4f} bleu={bleu_score:.2f} params={n_params} "
           f"seconds={seconds:.1f}")
