@@ -102,8 +102,9 @@ def attention(q, k, v, mask=None, activation="softmax"):
     q = q / math.sqrt(q.size(-1))
     scores = q @ k.transpose(-2, -1)                                       # (..., T_q, T_k)
     if mask is not None:
-        # Softmax turns the lowest possible number into weight 0. So would -inf, except in a row
-        # where everything is masked: there it would compute 0 / 0 = NaN.
+        # Softmax turns the lowest possible number into weight 0. So would -inf, but not in a row
+        # where everything is masked: softmax first subtracts the largest score of the row, so that
+        # exp cannot overflow, and -inf - (-inf) is NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
 
     if activation == "softmax":
@@ -111,7 +112,7 @@ def attention(q, k, v, mask=None, activation="softmax"):
     else:
         weights = scores.sigmoid()
     if mask is not None:
-        # In such a row softmax gives all keys the same weight. Make it 0, so that the output is 0.
+        # In such a row all scores are equal, so softmax gives all keys the same weight. Make it 0.
         weights = weights.masked_fill(~mask, 0.0)
 
     output = weights @ v                                                   # (..., T_q, d_v)
@@ -249,10 +250,10 @@ def download(url, path, sha256):
 # --------------------------------------------------------------------------------------------------
 # Appendix (skip it on a first reading): how time and memory grow with the sequence length T
 #
-# The formula keeps all T x T weights for the backward pass. F.scaled_dot_product_attention is one
-# fused kernel: it works block by block, keeps only the output and one number for each query, and
-# computes the weights again in the backward pass. So it cannot return them, and these scripts want
-# to look at them.
+# The formula keeps all T x T weights for the backward pass. F.scaled_dot_product_attention computes
+# them block by block, keeps only the output and one number for each query, and computes the weights
+# again in the backward pass. (All this is one function for the processor: a fused kernel.) So it
+# cannot return the weights, and these scripts want to look at them.
 def explicit(q, k, v):
     """The output of `attention` alone, which is what the fused kernel returns."""
     output, _ = attention(q, k, v)

@@ -173,8 +173,8 @@ def train(args, activation, all_lengths=True, verbose=False):
 #     query[0] + count * weight * value(0).
 # As the count grows, this vector moves along a straight line in equal steps. LayerNorm subtracts
 # from each vector the mean of its numbers, which keeps the line straight, and divides by their
-# standard deviation, which makes all vectors sqrt(hidden) long (before its scale and bias). So they
-# become points on a sphere, at these angles to the first one:
+# standard deviation. Then the mean of the squares is 1, so all vectors are sqrt(hidden) long
+# (before its scale and bias). They are points on a sphere, at these angles to the first one:
 #     count     0    1    2    3    4    5    6    7    8    9   10
 #     angle     0    7   18   36   64   92  111  122  129  134  137
 # The steps are no longer equal, but no two points coincide, and that is enough for a linear layer.
@@ -305,17 +305,18 @@ def compare(args, digits, n_seeds=3):
 #
 # Claim: without LayerNorm, no parameters count all sequences of length 10. Proof: take sequences of
 # 0s and 1s only, and let w be the total weight of the 0s, so that 1 - w is that of the 1s. The
-# output is w * value(0) + (1 - w) * value(1), so every logit is a linear function of w. Its slope
-# is the same under both queries, because they share `value` and `out`. Now let the number of 0s
-# grow. Under *both* queries w grows, because the weights sum to 1. As w grows, another logit can
-# become the largest only if its slope is greater. The answer of the query for 0 goes from 0 to 10,
-# so greater counts need greater slopes. The answer of the query for 1 goes from 10 to 0, so greater
-# counts need smaller slopes. Both at once is impossible. (Under sigmoid, the query for 1 simply
-# gives the 0s no weight.)
+# output is w * value(0) + (1 - w) * value(1) plus the query, which is constant, so every logit is a
+# linear function of w. Its slope is the same under both queries, because they share `value` and
+# `out`. Now let the number of 0s grow. Under *both* queries w grows, because every 0 adds the same
+# positive number to the 0s' share of the softmax. As w grows, another logit can become the largest
+# only if its slope is greater. The answer of the query for 0 goes from 0 to 10, so the logits of
+# greater counts must have greater slopes. The answer of the query for 1 goes from 10 to 0, so the
+# logits of greater counts must have smaller slopes. Both at once is impossible. (Under sigmoid, the
+# query for 1 simply gives the 0s no weight.)
 #
 # The model above does have LayerNorm, which bends the straight line. test_all.py uses this to
-# construct softmax parameters that count all 3^10 = 59,049 sequences, with queries seven times as
-# long as those that training starts with. Why does training not find them? LayerNorm bends the line
+# construct softmax parameters that count all 3^10 = 59,049 sequences. Their queries are seven times
+# as long as at the start of training. Why does training not find them? LayerNorm bends the line
 # only slightly: the coordinate that tells the counts apart differs by 0.007 from each count to the
 # next. Only weights of more than 10,000 in `out` turn this into clear differences between logits,
 # and so into a low loss. Adam changes a weight by about the learning rate in each step, which adds

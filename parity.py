@@ -5,9 +5,9 @@ find the smallest one that can.
     0 1 1 0 1 0 0 0 0 0  ->  three ones: odd
     0 1 1 0 1 0 0 1 0 0  ->  four ones: even
 
-Parity looks trivial, but it is hard to learn. Flipping any single bit flips the label, so nine of
-the ten bits say nothing about it. The loss stays at that of a coin flip for a hundred steps, and
-then drops to zero within another hundred or two.
+Parity looks trivial, but it is hard to learn. Flipping any single bit flips the label, so nine bits
+say nothing about the label without the tenth. The loss stays at that of a coin flip for a hundred
+steps, and then drops to zero within another hundred or two.
 
 The model has no position embeddings (it is not told where a bit stands), so it sees only the
 fraction of ones; the comment at the classifier says why. To it, the 1,024 strings of length 10 are
@@ -86,7 +86,7 @@ class MultiHeadSelfAttention(nn.Module):
 # have done. (A learned weight and bias follow for each feature, 1 and 0 at the start.)
 #
 # A residual connection is the "x +" in x + f(x): a layer adds to its input instead of replacing it.
-# So a layer that has learned nothing yet does little harm, and the gradient reaches all earlier
+# So x is not lost in a layer that has learned nothing yet, and the gradient reaches all earlier
 # layers through the sum, without passing through f.
 class TransformerBlock(nn.Module):
     """Attention, then an MLP, each added to its input, (B, T, d_model) -> (B, T, d_model).
@@ -212,10 +212,12 @@ def plot_curve(losses, accuracies, path):
 # The answer is "odd" where f(c) > 0. To get all strings of length 10 right, f has to change sign 10
 # times, between any two neighbors in 0, 1, ..., 10. How often can a sum of n units change sign? A
 # ReLU is a straight line with one kink, so n of them form n + 1 straight pieces, with at most n + 1
-# sign changes. SiLU dips below zero before it rises, and that allows a few more:
+# sign changes. SiLU has a curve instead of the kink: it dips below zero before it rises. Two units
+# that bend in nearly the same place can cancel everywhere else and leave a small wave there, which
+# allows a few more sign changes:
 #
 #     width    parameters    sign changes    strings right
-#         1            10               0              512    LayerNorm of one number is its bias
+#         1            10               0              512    LayerNorm returns its bias only
 #         2            20               5              968    no more is possible
 #         3            32               9            1,023    the best found
 #         4            46              10            1,024
@@ -226,7 +228,7 @@ def plot_curve(losses, accuracies, path):
 # strings right is not known.
 #
 # The search below finds them. Each has a width, a number of blocks, and the numbers of ones that it
-# may get wrong. With 5 sign changes at least three numbers are wrong, because each wrong one saves
+# may get wrong. With 5 sign changes at least three numbers are wrong, because to give one up saves
 # at most two changes. 0, 2 and 9 cost least: they stand for only 1 + 45 + 10 strings. Width 3 may
 # miss 1111111111.
 NETWORKS = [
@@ -272,8 +274,8 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=n_steps,
                                                         cycle_momentum=False)
         for _ in range(n_steps):
-            # The columns of q are an orthonormal basis of all f that the units can form, so q q^T y
-            # is the one nearest to y: the least squares solution.
+            # The columns of q are an orthonormal basis of all f that the units can form. So q q^T y
+            # is the f that is nearest to y, the least squares solution.
             q, _ = torch.linalg.qr(hidden_units(x, w, b))                  # (S, P, n+1)
             f = q @ (q.transpose(1, 2) @ y)                                # (S, P, 1)
             losses = (f - y).square().sum(dim=(1, 2))                      # (S,)
@@ -320,9 +322,10 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
 #     attention    w_q and w_k are 0, so all weights are equal and the mean is 0.4 * 0.69. w_o turns
 #                  it into 0.4 * 0.0015 = 0.0006, which is added to every e. This pushes the zeros
 #                  away from 0, to 0.0036, and the ones towards 0, to -0.0024.
-#     MLP          With z = 8 LayerNorm(e), SiLU(z) + SiLU(-z) is nearly |z|. Without the push it is
-#                  5.46, with it 5.98 for a 0 and 4.76 for a 1. The MLP adds five times the change
-#                  to e, which becomes 2.6 for a 0 and -3.5 for a 1.
+#     MLP          Its hidden units are SiLU(z) and SiLU(-z) with z = 8 LayerNorm(e), which is large
+#                  enough for their sum to be nearly |z|. Without the push the sum is 5.46, with it
+#                  5.98 for a 0 and 4.76 for a 1. The MLP adds five times the difference to e, which
+#                  becomes 2.6 for a 0 and -3.5 for a 1.
 #     LayerNorm    2.6 becomes +1, -3.5 becomes -1.
 @torch.no_grad()
 def folding_model():
@@ -605,10 +608,11 @@ if __name__ == "__main__":
     model = TransformerClassifier(*sizes).to(args.device)
     params = sum(p.numel() for p in model.parameters())
     print(f"{params:,} parameters, {n_train:,} strings to train on, {n_val:,} to validate")
-    # Why there is a plateau: over all strings, parity is uncorrelated with every polynomial of the
-    # number of ones of degree below T. So as long as the model computes a smooth function of it,
-    # the gradient is almost zero. In a small batch it is lost in noise, so by default a batch is
-    # the whole training set.
+    # Why there is a plateau: at first the model computes a smooth function of the number of ones,
+    # which is close to a polynomial of low degree. Over all strings, parity is uncorrelated with
+    # every polynomial of degree below T, so no small change of such a function lowers the loss: the
+    # gradient is almost zero. In a small batch it is lost in noise, so by default a batch is the
+    # whole training set.
     # Why beta2 is 0.9: when the plateau ends, the gradient grows tenfold within a few steps. Adam
     # divides it by the root of the mean of its squares. The default beta2 of 0.999 averages over
     # about 1,000 steps, so it lags and the update overshoots; 0.9 averages over about ten.

@@ -185,9 +185,10 @@ class TransformerModel(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(max_len, d_model)
         self.dropout = nn.Dropout(dropout)
-        # Word dropout zeroes the embeddings of whole tokens (https://arxiv.org/abs/1905.11901), so
-        # the model learns not to rely on any single word. Half the rate of ordinary dropout worked
-        # well on the validation part of multi30k.
+        # In training, dropout sets random numbers to 0, so the model learns not to rely on any one
+        # of them. Word dropout zeroes the embeddings of whole tokens, so that it does not rely on
+        # any single word (https://arxiv.org/abs/1905.11901). Half the rate of ordinary dropout
+        # worked well on the validation part of multi30k.
         self.token_dropout = nn.Dropout1d(dropout / 2)
         self.encoder = nn.ModuleList(
             EncoderBlock(d_model, n_heads, dropout) for _ in range(n_enc_layers))
@@ -195,9 +196,9 @@ class TransformerModel(nn.Module):
             DecoderBlock(d_model, n_heads, dropout) for _ in range(n_dec_layers))
         # LayerNorm gives the output layer d_model inputs of standard deviation 1. Weights of
         # standard deviation 1 / sqrt(d_model) make logits of standard deviation 1. The loss at step
-        # 0 is above that of a uniform prediction: such random logits add about 1/2, and the input
-        # token's own logit is larger, because residual connections carry its embedding to the
-        # output.
+        # 0 is above that of a uniform prediction for two reasons. Such random logits add about 1/2,
+        # because the mean of e^logit is about e^(1/2) instead of 1. And the input token's own logit
+        # is larger, because residual connections carry its embedding to the output.
         nn.init.normal_(self.token_embedding.weight, std=d_model ** -0.5)
         nn.init.normal_(self.position_embedding.weight, std=0.5)    # tokens have 1, see embed
 
@@ -267,7 +268,7 @@ class TransformerModel(nn.Module):
 # has exactly one translation. This lets us count any other translation as wrong, and we know the
 # German words of every English word.
 
-N_TOY_LINES = 209_773       # for --line, as in the exercise
+N_TOY_LINES = 209_773       # for --line: as many as the corpus of the exercise has
 N_TOY_TRAINING_LINES = 100_000
 
 NOUNS = {  # German, gender, English
@@ -539,8 +540,9 @@ def split_pairs(pairs, part):
     """The pairs in one part of a corpus. Those of "val" and "test" are new to the model.
 
     "Komm!" and "Komm her!" are both "Come here!", so the translation of a held-out sentence may
-    occur in training. Therefore a held-out pair counts only if neither of its sentences does,
-    compared without case and punctuation. Of several translations, the first one counts.
+    occur in training. Therefore a held-out pair counts only if neither its German nor its English
+    sentence occurs there, compared without case and punctuation. Of several translations of a
+    German sentence, the first one counts.
     """
     train = [(german, english) for german, english in pairs if part_of(german) == "train"]
     if part == "train":
@@ -954,10 +956,11 @@ def bleu(translations, references):
 # where a small change of the embedding changes the log probability of the target word the most. The
 # baselines are the word at the same position (diagonal) and a random word (chance).
 #
-# A head may look up the word to be written next or the word just written. So we score two rows for
-# each word: the one that *produces* it (as output) and the next one, which *consumes* it (as input;
-# Chen et al. 2020, https://arxiv.org/abs/2004.14837). After training, the rows of the last block
-# attend to the source of the word that they produce. The gradient finds it nearly as often.
+# A head may look up the word that comes next, or the word that was just written. So we score two
+# rows for each word: the one that *produces* it (as output) and the next one, which *consumes* it
+# (as input; Chen et al. 2020, https://arxiv.org/abs/2004.14837). After training, the rows of the
+# last block attend to the source of the word that they produce: the best head is right for 96 % of
+# the words, the gradient for 95 %, the diagonal for 62 %, chance for 13 % (--test).
 
 
 def right_words(alignment, n_source_words):
@@ -1334,9 +1337,13 @@ if __name__ == "__main__":
         except Exception as error:
             sys.exit(f"cannot resume: {checkpoint_path} is damaged ({type(error).__name__}), "
                      "delete it and train again")
-        if checkpoint["settings"] != settings:
-            sys.exit(f"cannot resume: {checkpoint_path} was made with {checkpoint['settings']}, "
-                     f"not {settings}")
+        different = []
+        for name, value in settings.items():
+            old_value = checkpoint["settings"].get(name)
+            if old_value != value:
+                different.append(f"{name} {old_value}, not {value}")
+        if different:
+            sys.exit(f"cannot resume: {checkpoint_path} was made with " + "; ".join(different))
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first_step = checkpoint["step"]
@@ -1358,7 +1365,8 @@ if __name__ == "__main__":
         batch = [examples[i] for i in indices[rank::world_size]]
         n_targets = sum(len(examples[i][1]) - 1 for i in indices)   # of all processes
 
-        # Forward: the mean loss of all targets. The factor world_size undoes the averaging above.
+        # Forward: the mean loss of all targets. (DistributedDataParallel divides the sum of the
+        # gradients by world_size, so multiply by it.)
         loss = batch_loss(net, batch, args.device, label_smoothing=0.1) / n_targets * world_size
 
         # Backward, update. Clipping keeps a rare huge gradient from ruining the weights.
