@@ -71,7 +71,7 @@ def attention_loops(queries, keys, values):
 # Why divide by sqrt(d_k)? The dot product of two random vectors is a sum of d_k terms. If they are
 # independent and have variance 1, their sum has variance d_k, and dividing by sqrt(d_k) brings the
 # variance back to 1. Without the division, wide vectors have large scores, and softmax gives nearly
-# all the weight to one key. Then a small change of the scores changes almost nothing, so the
+# all the weight to one key. Then a small change in the scores changes almost nothing, so the
 # gradient is almost 0.
 #
 # Where do q, k and v come from? From learned linear maps. In self-attention, all three are maps of
@@ -112,7 +112,8 @@ def attention(q, k, v, mask=None, activation="softmax"):
     else:
         weights = scores.sigmoid()
     if mask is not None:
-        # In such a row all scores are equal, so softmax gives all keys the same weight. Make it 0.
+        # Where everything is masked, all scores are equal, so softmax gives all keys the same
+        # weight. Make it 0, so that the output is 0.
         weights = weights.masked_fill(~mask, 0.0)
 
     output = weights @ v                                                   # (..., T_q, d_v)
@@ -202,7 +203,7 @@ def plot_attention(weights, x_labels, y_labels, path, titles=None, x_name="key",
 
 
 def parse_args(parser):
-    """Add the options of all scripts, parse, seed torch and create the output folder."""
+    """Add the options that all scripts share, parse, seed torch, create the output folder."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="where to compute",
@@ -253,7 +254,7 @@ def download(url, path, sha256):
 # The formula keeps all T x T weights for the backward pass. F.scaled_dot_product_attention computes
 # them block by block, keeps only the output and one number for each query, and computes the weights
 # again in the backward pass. (All this is one function for the processor: a fused kernel.) So it
-# cannot return the weights, and these scripts want to look at them.
+# cannot return them, but our heatmaps need them.
 def explicit(q, k, v):
     """The output of `attention` alone, which is what the fused kernel returns."""
     output, _ = attention(q, k, v)
@@ -323,11 +324,11 @@ def plot_benchmark(lengths, times, memory, path):
         long = lengths[half:]
         ratios = [y / T ** 2 for y, T in zip(values["explicit"][half:], long)]
         guide = [2 * max(ratios) * T ** 2 for T in long]
-        axis.loglog(long, guide, "--", color="grey", label=r"$\propto T^2$")
+        axis.loglog(long, guide, "--", color="gray", label=r"$\propto T^2$")
     # A guide line for T, below the memory of the fused kernel.
     ratios = [y / T for y, T in zip(memory["fused"], lengths)]
     guide = [min(ratios) / 2 * T for T in lengths]
-    axes[1].loglog(lengths, guide, ":", color="grey", label=r"$\propto T$")
+    axes[1].loglog(lengths, guide, ":", color="gray", label=r"$\propto T$")
     for axis, title in zip(axes, ["forward and backward: ms", "kept for the backward pass: MiB"]):
         axis.set(title=title, xlabel="sequence length T", xticks=lengths, xticklabels=lengths)
         axis.minorticks_off()
@@ -423,7 +424,7 @@ if __name__ == "__main__":
         loss.backward()
         optimizer.step()
 
-        # log. The maps start random, so the first loss is above or below ln(n_keys) by chance.
+        # log. The maps start out random, so the first loss is above or below ln(n_keys) by chance.
         if step == 0:
             print(f"step 0/{args.steps}: loss {loss:.4f}, "
                   f"uniform prediction ln {args.n_keys} = {math.log(args.n_keys):.4f}")

@@ -103,7 +103,7 @@ def accuracy(model, digits, vocab_size):
 # --------------------------------------------------------------------------------------------------
 # Training
 def train(args, activation, all_lengths=True, verbose=False):
-    """Train a model: half of each batch has length L, the other half a random length up to L.
+    """Train a model: half of each batch has length L, the other half one random length up to L.
 
     Without `all_lengths` all sequences have length L. Then 3 zeros always come with 7 other digits,
     and the query for 0 can just as well attend to everything but 0s. Several lengths rule that out.
@@ -235,14 +235,15 @@ def load(path, sizes):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model = CountingModel(**saved["sizes"])
         model.load_state_dict(saved["weights"])
-    except Exception as error:  # what torch raises depends on where the file is damaged
+        steps = saved["steps"]
+    except Exception as error:  # torch.load can fail in many ways
         sys.exit(f"cannot load {path} ({type(error).__name__}): delete it and train again")
     if saved["sizes"] != sizes:
         options = ""
         for name, value in saved["sizes"].items():
             options += f" --{name} {value}"
         sys.exit(f"{path} was trained with{options}: give these, or train without --sequence")
-    print(f"loaded {path}, trained for {saved['steps']} steps", file=sys.stderr)
+    print(f"weights from {path}, trained for {steps} steps", file=sys.stderr)
     return model
 
 
@@ -250,7 +251,7 @@ def load(path, sizes):
 # Sigmoid or softmax?
 #
 # Softmax cannot count at all lengths. Write a sequence twice in a row. Every count doubles, but
-# every weighted mean stays the same, and the rest of the model gets nothing else. So it gives both
+# every weighted mean stays the same, and the rest of the model sees nothing else. So it gives both
 # sequences the same answer, and at least one of the two answers is wrong.
 #
 # What does it learn then, trained at all lengths? It has one answer for each fraction of 0s. If
@@ -259,8 +260,8 @@ def load(path, sizes):
 # and "0 0 0 0 0 1 1 1 1 1" all get the counts 3 3 0.) Near length 6 this is right, so some
 # sequences of lengths 5 to 7 come out right, and no others.
 #
-# Trained at length 10 only, softmax could count by fractions, because 0.3 always means 3. It fails
-# all the same (see the appendix).
+# Trained at length 10 only, softmax could count by fractions, because 0.3 always means 3. It still
+# fails (see the appendix).
 def compare(args, digits, n_seeds=3):
     """Train both activations at one and at all lengths and print their accuracy at each length.
 
@@ -303,25 +304,25 @@ def compare(args, digits, n_seeds=3):
 # --------------------------------------------------------------------------------------------------
 # Appendix (skip it on a first reading): why softmax fails at a single length, too
 #
-# Claim: without LayerNorm, no parameters count all sequences of length 10. Proof: take sequences of
-# 0s and 1s only, and let w be the total weight of the 0s, so that 1 - w is that of the 1s. The
-# output is w * value(0) + (1 - w) * value(1) plus the query, which is constant, so every logit is a
-# linear function of w. Its slope is the same under both queries, because they share `value` and
-# `out`. Now let the number of 0s grow. Under *both* queries w grows, because every 0 adds the same
-# positive number to the 0s' share of the softmax. As w grows, another logit can become the largest
-# only if its slope is greater. The answer of the query for 0 goes from 0 to 10, so the logits of
-# greater counts must have greater slopes. The answer of the query for 1 goes from 10 to 0, so the
-# logits of greater counts must have smaller slopes. Both at once is impossible. (Under sigmoid, the
-# query for 1 simply gives the 0s no weight.)
+# Claim: without LayerNorm, no choice of parameters counts all sequences of length 10. Proof: take
+# sequences of 0s and 1s only, and let w be the total weight of the 0s, so that 1 - w is that of the
+# 1s. The output is w * value(0) + (1 - w) * value(1) plus the query, which is constant, so every
+# logit is a linear function of w. Its slope is the same under both queries, because they share
+# `value` and `out`. Now let the number of 0s grow. Under *both* queries w grows, because every 0
+# adds the same positive number to the 0s' share of the softmax. As w grows, another logit can
+# become the largest only if its slope is greater. The answer of the query for 0 goes from 0 to 10,
+# so the logits of greater counts must have greater slopes. The answer of the query for 1 goes from
+# 10 to 0, so the logits of greater counts must have smaller slopes. Both at once is impossible.
+# (Under sigmoid, the query for 1 simply gives the 0s no weight.)
 #
 # The model above does have LayerNorm, which bends the straight line. test_all.py uses this to
 # construct softmax parameters that count all 3^10 = 59,049 sequences. Their queries are seven times
 # as long as at the start of training. Why does training not find them? LayerNorm bends the line
 # only slightly: the coordinate that tells the counts apart differs by 0.007 from each count to the
 # next. Only weights of more than 10,000 in `out` turn this into clear differences between logits,
-# and so into a low loss. Adam changes a weight by about the learning rate in each step, which adds
-# up to 15 in 1,000 steps (0.015 on average). So training does not come near these parameters: it
-# gets 1.5 % of the sequences right (--compare).
+# and so into a low loss. Adam changes a weight by about the learning rate in each step (0.015 on
+# average), so by at most about 15 in 1,000 steps. Training therefore does not come near these
+# parameters: it gets 1.5 % of the sequences right (--compare).
 
 
 if __name__ == "__main__":
@@ -349,7 +350,7 @@ if __name__ == "__main__":
     args = parse_args(parser)
     V = args.vocab_size
     L = args.sequence_length
-    torch.set_num_threads(1)  # starting threads takes longer than computing at this size
+    torch.set_num_threads(1)  # at this size, more threads only add overhead
     torch.set_printoptions(precision=2, sci_mode=False)
 
     # data: the sequence to count at the end
@@ -378,7 +379,7 @@ if __name__ == "__main__":
         model = load(path, sizes).to(args.device)
     else:
         model = train(args, args.activation, verbose=True)
-        torch.save({"sizes": sizes, "weights": model.state_dict(), "steps": args.steps}, path)
+        torch.save({"sizes": sizes, "steps": args.steps, "weights": model.state_dict()}, path)
         print(f"saved {path}")
 
     # evaluation
@@ -393,13 +394,14 @@ if __name__ == "__main__":
         degrees = [f"{angle:.0f}" for angle in angles(model, other, L).tolist()]
         print(f"angles for 0 to {L} zeros, the rest {other}s:", *degrees)
     one_of_each = torch.eye(V, device=args.device).unsqueeze(0)            # (1, V, V): 0, 1, 2, ...
-    _, weights = model(one_of_each)
+    with torch.no_grad():
+        _, weights = model(one_of_each)
     print("weights of each query (row) on each digit (column):")
-    print(weights[0].detach())
+    print(weights[0])
 
     # figures
-    figure_path = os.path.join(args.out_dir, f"counting_{args.activation}.png")
-    show_counts([model], [args.activation], digits, V, figure_path)
+    path = os.path.join(args.out_dir, f"counting_{args.activation}.png")
+    show_counts([model], [args.activation], digits, V, path)
 
     n_params = sum(p.numel() for p in model.parameters())
     seconds = time.perf_counter() - start

@@ -187,11 +187,11 @@ def plot_curve(losses, accuracies, path):
     """Save the loss on the batch and the accuracy on all strings over the training steps."""
     figure, axes = plt.subplots(2, 1, figsize=(8, 5), sharex=True, layout="constrained")
     axes[0].plot(losses)
-    axes[0].axhline(math.log(2), color="grey", linestyle=":", label="coin flip, ln 2")
+    axes[0].axhline(math.log(2), color="gray", linestyle=":", label="coin flip, ln 2")
     axes[0].set_ylabel("loss on the training strings")
     axes[0].legend()
     axes[1].plot(accuracies, color="C1")
-    axes[1].axhline(0.5, color="grey", linestyle=":", label="coin flip")
+    axes[1].axhline(0.5, color="gray", linestyle=":", label="coin flip")
     axes[1].set_ylabel("accuracy on all strings")
     axes[1].set_xlabel("training step")
     axes[1].legend()
@@ -227,10 +227,10 @@ def plot_curve(losses, accuracies, path):
 # at least 32 parameters, so 32 is the smallest number that passes 0.95. Whether 32 can get all
 # strings right is not known.
 #
-# The search below finds them. Each has a width, a number of blocks, and the numbers of ones that it
-# may get wrong. With 5 sign changes at least three numbers are wrong, because to give one up saves
-# at most two changes. 0, 2 and 9 cost least: they stand for only 1 + 45 + 10 strings. Width 3 may
-# miss 1111111111.
+# The search below finds the networks in NETWORKS: width, number of blocks, and the numbers of ones
+# that it may get wrong. With 5 sign changes at least three numbers are wrong, because to give one
+# up saves at most two changes. 0, 2 and 9 cost least: they stand for only 1 + 45 + 10 strings.
+# Width 3 may miss 1111111111.
 NETWORKS = [
     (2, 0, [0, 2, 9]),
     (3, 0, [10]),
@@ -292,8 +292,8 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
         if margins[best] > 0.15 or i == n_rounds - 1:
             break
 
-        # Most starts end in poor local minima. Keep ten copies of each of the best tenth, with
-        # little noise for most of them and much for some.
+        # Most starts end in poor local minima. Keep ten copies of each of the best tenth, most of
+        # them with little noise, some with a lot.
         survivors = losses.argsort()[:n_starts // 10].repeat(10)
         noise = 0.5 * torch.rand(n_starts, 1, dtype=torch.double) ** 2
         w = w[survivors] * (1 + noise * torch.randn_like(w))
@@ -397,7 +397,7 @@ def check_on_all_strings(model, seq_len):
 def set_classifier(model, u, w, b, a):
     """Write f into the classifier of a model, whose input is x u."""
     first, _, last = model.classifier
-    first.weight.copy_(torch.outer(w, u) / (u @ u))                        # times x u: w x
+    first.weight.copy_(torch.outer(w, u) / (u @ u))     # (w u / |u|^2) . (x u) = w x
     first.bias.copy_(b)
     last.weight[0] = -a[:-1] / 2                                           # logit(even) = -f / 2
     last.weight[1] = a[:-1] / 2                                            # logit(odd) = f / 2
@@ -438,8 +438,8 @@ def plot_f(axis, model, seq_len):
     logits = model.classifier(torch.outer(between, u))                     # (1001, 2)
     curve = logits[:, 1] - logits[:, 0]
     f = f.clamp(-1.8, 2.5)  # points beyond the axis are drawn at its edge
-    axis.axhline(0, color="grey", linewidth=0.8)
-    axis.plot(between, curve, color="lightgrey")
+    axis.axhline(0, color="gray", linewidth=0.8)
+    axis.plot(between, curve, color="lightgray")
     axis.plot(x[::2], f[::2], "o", label="even: f < 0 is right")
     axis.plot(x[1::2], f[1::2], "^", label="odd: f > 0 is right")
     axis.plot(x[~correct], f[~correct], "kx", markersize=10, label="wrong")
@@ -451,7 +451,8 @@ def plot_f(axis, model, seq_len):
 @torch.no_grad()
 def plot_smallest(models, seq_len, path):
     """Save f of each model without a block, and two parts that f of the last one is made of."""
-    n_columns = (len(models) + 2) // 2                                     # one more than models
+    n_panels = len(models) + 1
+    n_columns = math.ceil(n_panels / 2)
     size = (6 * n_columns, 7)
     figure, axes = plt.subplots(2, n_columns, figsize=size, layout="constrained")
     x, direction = classifier_input(models[-1], seq_len)
@@ -480,7 +481,7 @@ def plot_smallest(models, seq_len, path):
     axis = axes.flat[len(models)]
     axis.plot(between, pair - line, label="two of the units, without a straight line")
     axis.plot(between, f - pair + line, label="the other units, k and that line")
-    axis.plot(between, f, color="lightgrey", label="all together: f")
+    axis.plot(between, f, color="lightgray", label="all together: f")
     axis.set_title(f"what the {len(w)} units of the last network add up to")
     axis.legend(fontsize=8)
     for axis in axes.flat:
@@ -540,7 +541,7 @@ def sweep(out_dir, networks=NETWORKS, seq_len=10, n_tries=10):
         results[params] = n_right
 
         path = os.path.join(out_dir, f"parity_{params}.pt")
-        sizes = (2, 2, width, 1, 1, 1, n_layers)
+        sizes = [2, 2, width, 1, 1, 1, n_layers]
         torch.save({"sizes": sizes, "weights": model.state_dict()}, path)
         print(f"saved {path}")
         if n_layers == 0:
@@ -583,7 +584,7 @@ if __name__ == "__main__":
         sys.exit("--n_samples 1: at least 2 are needed, one to train on and one to validate")
     if args.n_layers < 0:
         sys.exit(f"--n_layers {args.n_layers}: 0 or more are needed")
-    torch.set_num_threads(1)  # with tensors this small, more threads only wait for each other
+    torch.set_num_threads(1)  # at this size, more threads only add overhead
 
     if args.sweep:
         results = sweep(args.out_dir)
@@ -593,8 +594,9 @@ if __name__ == "__main__":
         smallest_95 = min(above_95, default=None)
         smallest_all = min(all_right, default=None)
         seconds = time.perf_counter() - start
-        print(f"result: {smallest_95=} {smallest_all=} accuracy_32={accuracies[32]:.4f}"
-              f" accuracy_58={accuracies[58]:.4f} {seconds=:.1f}")
+        print(f"result: smallest_95={smallest_95} smallest_all={smallest_all} "
+              f"accuracy_32={accuracies[32]:.4f} accuracy_58={accuracies[58]:.4f} "
+              f"seconds={seconds:.1f}")
         sys.exit()
 
     # data: random strings, the label is 1 for an odd number of ones
@@ -604,10 +606,10 @@ if __name__ == "__main__":
     n_val = args.n_samples - n_train
 
     # model and optimizer
-    sizes = (2, 2, args.d_model, args.d_key, args.n_heads, args.mlp_factor, args.n_layers)
+    sizes = [2, 2, args.d_model, args.d_key, args.n_heads, args.mlp_factor, args.n_layers]
     model = TransformerClassifier(*sizes).to(args.device)
-    params = sum(p.numel() for p in model.parameters())
-    print(f"{params:,} parameters, {n_train:,} strings to train on, {n_val:,} to validate")
+    n_params = sum(p.numel() for p in model.parameters())
+    print(f"{n_params:,} parameters, {n_train:,} strings to train on, {n_val:,} to validate")
     # Why there is a plateau: at first the model computes a smooth function of the number of ones,
     # which is close to a polynomial of low degree. Over all strings, parity is uncorrelated with
     # every polynomial of degree below T, so no small change of such a function lowers the loss: the
@@ -635,17 +637,17 @@ if __name__ == "__main__":
         # forward
         logits = model(x[rows])                                            # (B, 2)
         loss = F.cross_entropy(logits, y[rows])
+
+        # log, before the update, so that loss and accuracy are those of the same weights
         accuracy, _, _ = exact_accuracy(model, args.seq_len)
         losses.append(loss.item())
         accuracies.append(accuracy)
-
-        # log
         if step == 0:
-            print(f"step 0/{args.steps}: loss {loss:.4f},"
-                  f" uniform prediction ln 2 = {math.log(2):.4f}")
+            print(f"step 0/{args.steps}: loss {loss:.4f}, "
+                  f"uniform prediction ln 2 = {math.log(2):.4f}")
         elif step % 50 == 0:
-            print(f"step {step}/{args.steps}: loss {loss:.4f},"
-                  f" accuracy on all strings {accuracy:.4f}")
+            print(f"step {step}/{args.steps}: loss {loss:.4f}, "
+                  f"accuracy on all strings {accuracy:.4f}")
 
         # backward and update
         optimizer.zero_grad()
@@ -668,14 +670,13 @@ if __name__ == "__main__":
     accuracy_val = (answers == y[n_train:]).float().mean().item()
     accuracy_all, correct, _ = exact_accuracy(model, args.seq_len)
     wrong = (~correct).nonzero().flatten().tolist()
-    print(f"step {step + 1}/{args.steps}: loss {loss:.4f},"
-          f" wrong numbers of ones: {wrong}")
+    print(f"step {step + 1}/{args.steps}: loss {loss:.4f}, wrong numbers of ones: {wrong}")
     path = os.path.join(args.out_dir, "parity.pt")
-    torch.save({"sizes": sizes, "weights": model.state_dict()}, path)
+    torch.save({"sizes": sizes, "steps": step + 1, "weights": model.state_dict()}, path)
     print(f"saved {path}")
 
     # figures
     plot_curve(losses, accuracies, os.path.join(args.out_dir, "parity_curve.png"))
     seconds = time.perf_counter() - start
-    print(f"result: {accuracy_val=:.4f} {accuracy_all=:.4f}"
-          f" {params=} {seconds=:.1f}")
+    print(f"result: accuracy_val={accuracy_val:.4f} accuracy_all={accuracy_all:.4f} "
+          f"params={n_params} seconds={seconds:.1f}")

@@ -344,17 +344,17 @@ def _noun_phrase(rng, noun, kind, definite, is_object):
     german, gender, english = noun
     if gender == "m" and is_object:
         gender = "m object"
-    article, ending = ARTICLES[gender][definite]
+    indefinite_forms, definite_forms = ARTICLES[gender]
+    article, ending = definite_forms if definite else indefinite_forms
     words = [(german, english)]
     if rng.random() < 0.4:
         stem, adjective = _pick(rng, ADJECTIVES[kind])
         words.insert(0, (stem + ending, adjective))
     if definite:
         english_article = "the"
-    elif words[0][1][0] in "aeiou":
-        english_article = "an"
     else:
-        english_article = "a"
+        _, first_word = words[0]
+        english_article = "an" if first_word[0] in "aeiou" else "a"
     return [(article, english_article)] + words
 
 
@@ -366,14 +366,14 @@ def toy_pair(n):
     rng = random.Random(n)
     verb = _pick(rng, VERBS)
     present, infinitive, participle, base, third_person, past, subject_kinds, object_kinds = verb
-    kind = _pick(rng, subject_kinds)
+    subject_kind = _pick(rng, subject_kinds)
     subject_definite = rng.random() < 0.7
-    subject_noun = _pick(rng, NOUNS[kind])
-    subject = _noun_phrase(rng, subject_noun, kind, subject_definite, is_object=False)
-    kind = _pick(rng, object_kinds)
-    object_noun = _pick(rng, [noun for noun in NOUNS[kind] if noun != subject_noun])
+    subject_noun = _pick(rng, NOUNS[subject_kind])
+    subject = _noun_phrase(rng, subject_noun, subject_kind, subject_definite, is_object=False)
+    object_kind = _pick(rng, object_kinds)
+    object_noun = _pick(rng, [noun for noun in NOUNS[object_kind] if noun != subject_noun])
     object_definite = rng.random() < 0.7
-    object_ = _noun_phrase(rng, object_noun, kind, object_definite, is_object=True)
+    object_ = _noun_phrase(rng, object_noun, object_kind, object_definite, is_object=True)
 
     # The tense decides the verb forms and which adverbs make sense.
     tense = _pick(rng, ["past", "present", "can"])
@@ -460,7 +460,7 @@ def toy_lines(part, n_lines):
 # Data 2: everyday sentences, captions, and text files of your own
 #
 # tatoeba: English-German pairs from https://tatoeba.org, collected by
-# https://www.manythings.org/anki, licence CC BY 2.0 (the edition of 2018-05-13).
+# https://www.manythings.org/anki, license CC BY 2.0 (the edition of 2018-05-13).
 # multi30k: Elliott et al. 2016, https://arxiv.org/abs/1605.00459.
 
 TATOEBA_URL = ("https://raw.githubusercontent.com/rioyshky/translation/"
@@ -710,8 +710,6 @@ def drop_long(tokenizer, pairs, part):
 
 # --------------------------------------------------------------------------------------------------
 # Training: batches, loss, learning rate
-
-
 def make_batches(examples, batch_tokens, seed):
     """Endless batches: lists of indices of examples, about `batch_tokens` tokens each.
 
@@ -778,8 +776,8 @@ def validation_loss(model, examples, device):
 def learning_rate(step, n_steps, peak):
     """The learning rate of a step: a linear warm-up to `peak`, then a cosine down to zero.
 
-    Adam's first steps must be small, because they rest on few gradients. At the end, small steps
-    let the weights settle.
+    At first Adam's averages cover few gradients, so its steps must be small. At the end, small
+    steps let the weights settle.
     """
     warmup = max(1, min(n_steps // 10, 1000))
     if step < warmup:
@@ -789,8 +787,6 @@ def learning_rate(step, n_steps, peak):
 
 # --------------------------------------------------------------------------------------------------
 # Decoding: greedy, and beam search
-
-
 @torch.no_grad()
 def greedy(model, src):
     """Translate src (B, S) by taking the most probable token at every step. Returns (B, T).
@@ -900,10 +896,8 @@ def translate(model, tokenizer, sentences, beam):
 #
 # An n-gram is a sequence of n words. For n = 1 to 4, the precision is the fraction of the
 # translations' n-grams that occur in the reference. BLEU is the geometric mean of the four, times
-# 100, and less if the translations are shorter than the references. People are far below 100, too,
-# because there are many good translations and only one reference.
-
-
+# 100, with a penalty if the translations are shorter than the references. Human translators score
+# far below 100 as well, because there are many good translations and only one reference.
 def bleu_words(text):
     """Split a text into words and punctuation marks as mteval-v13a, the standard script, does."""
     text = text.replace("<skipped>", "").replace("&quot;", '"')
@@ -961,8 +955,6 @@ def bleu(translations, references):
 # (as input; Chen et al. 2020, https://arxiv.org/abs/2004.14837). After training, the rows of the
 # last block attend to the source of the word that they produce: the best head is right for 96 % of
 # the words, the gradient for 95 %, the diagonal for 62 %, chance for 13 % (--test).
-
-
 def right_words(alignment, n_source_words):
     """(T, S) booleans: True where source word s is right for target word t."""
     right = torch.zeros(len(alignment), n_source_words, dtype=torch.bool)
@@ -1067,8 +1059,6 @@ def _label(tokenizer, token):
 
 # --------------------------------------------------------------------------------------------------
 # Using a trained model: --test, --line and --text
-
-
 def path_of(folder, data, ending):
     """A path such as out/translate_toy.pt."""
     return os.path.join(folder, f"translate_{os.path.basename(data)}{ending}")
@@ -1093,10 +1083,11 @@ def load_model(data, out_dir, device):
         model = TransformerModel(*saved["sizes"], dropout=0.0)
         model.load_state_dict(saved["weights"])
         tokenizer = Tokenizer(saved["merges"])
+        steps = saved["steps"]
     except Exception as error:                      # torch.load can fail in many ways
         sys.exit(f"{path} does not hold weights of translate.py ({type(error).__name__}): "
                  "delete it or train again")
-    print(f"weights from {path}, trained for {saved['steps']} steps", file=sys.stderr)
+    print(f"weights from {path}, trained for {steps} steps", file=sys.stderr)
     model.to(device).eval().requires_grad_(False)
     return model, tokenizer
 
@@ -1151,15 +1142,16 @@ def test_alignment(model, tokenizer, out_dir):
     axis.plot(heads, produces, "o", label="row that produces the word")
     axis.plot(heads, consumes, "s", label="row that consumes the word")
     axis.axhline(gradient, color="tab:red", label="gradient")
-    axis.axhline(diagonal, color="grey", linestyle="--", label="diagonal")
-    axis.axhline(chance, color="grey", linestyle=":", label="chance")
+    axis.axhline(diagonal, color="gray", linestyle="--", label="diagonal")
+    axis.axhline(chance, color="gray", linestyle=":", label="chance")
     axis.set(xlabel="decoder block.head", ylabel="accuracy", ylim=(-0.05, 1.05))
     figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     path = path_of(out_dir, "alignment", ".png")
     figure.savefig(path, dpi=100)
     plt.close(figure)
     print(f"saved {path}")
-    return accuracy.flatten()[val_accuracy.argmax()].item(), gradient.item()
+    best_head = val_accuracy.argmax()           # an index into all heads
+    return accuracy.flatten()[best_head].item(), gradient.item()
 
 
 def translate_line(args):
@@ -1225,22 +1217,25 @@ def translate_texts(args):
 if __name__ == "__main__":
     start = time.perf_counter()
 
-    # Options
-    CORPORA = ["toy", "tatoeba", "multi30k"]
-    TRAINING_OPTIONS = [  # name, type, meaning, and the default for each corpus
-        ("steps", positive(int), "training steps", 500, 30_000, 22_000),
-        ("batch_tokens", positive(int), "tokens in each batch, both languages together",
-         4000, 2000, 2000),
-        ("lr", positive(float), "peak learning rate", 0.003, 0.0015, 0.0015),
-        ("dropout", float, "dropout probability", 0.1, 0.1, 0.25),
-        ("merges", positive(int), "byte-pair merges", 600, 8000, 4000),
-        ("d_model", positive(int), "width of the model", 64, 192, 192),
-        ("n_heads", positive(int), "attention heads", 4, 4, 4),
-        ("n_enc_layers", positive(int), "encoder blocks", 2, 3, 3),
-        ("n_dec_layers", positive(int), "decoder blocks", 2, 3, 3),
-    ]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", default=argparse.SUPPRESS,
+    # options; those of training have a default for each corpus
+    DEFAULTS = {
+        "toy": {
+            "steps": 500, "batch_tokens": 4000, "lr": 0.003, "dropout": 0.1, "merges": 600,
+            "d_model": 64, "n_heads": 4, "n_enc_layers": 2, "n_dec_layers": 2,
+        },
+        "tatoeba": {
+            "steps": 30_000, "batch_tokens": 2000, "lr": 0.0015, "dropout": 0.1, "merges": 8000,
+            "d_model": 192, "n_heads": 4, "n_enc_layers": 3, "n_dec_layers": 3,
+        },
+        "multi30k": {
+            "steps": 22_000, "batch_tokens": 2000, "lr": 0.0015, "dropout": 0.25, "merges": 4000,
+            "d_model": 192, "n_heads": 4, "n_enc_layers": 3, "n_dec_layers": 3,
+        },
+    }
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     epilog=f"defaults for training: {DEFAULTS}")
+    not_given = argparse.SUPPRESS
+    parser.add_argument("--data", default=not_given,
                         help="toy (the default), multi30k (the default with --text), tatoeba, or a "
                              "text file with English, a tab and German on every line")
     parser.add_argument("--test", action="store_true",
@@ -1256,19 +1251,33 @@ if __name__ == "__main__":
                         help="with --line or --text: plot the cross-attention")
     parser.add_argument("--beam", type=positive(int), default=5,
                         help="hypotheses in beam search; 1 is greedy decoding")
-    for name, kind, text, *defaults in TRAINING_OPTIONS:
-        values = ", ".join(f"{data} {value}" for data, value in zip(CORPORA, defaults))
-        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS,
-                            help=f"{text} ({values})")
+    parser.add_argument("--steps", type=positive(int), default=not_given,
+                        help="training steps")
+    parser.add_argument("--batch_tokens", type=positive(int), default=not_given,
+                        help="tokens in each batch, both languages together")
+    parser.add_argument("--lr", type=positive(float), default=not_given,
+                        help="peak learning rate")
+    parser.add_argument("--dropout", type=float, default=not_given,
+                        help="dropout probability")
+    parser.add_argument("--merges", type=positive(int), default=not_given,
+                        help="byte-pair merges")
+    parser.add_argument("--d_model", type=positive(int), default=not_given,
+                        help="width of the model")
+    parser.add_argument("--n_heads", type=positive(int), default=not_given,
+                        help="attention heads")
+    parser.add_argument("--n_enc_layers", type=positive(int), default=not_given,
+                        help="encoder blocks")
+    parser.add_argument("--n_dec_layers", type=positive(int), default=not_given,
+                        help="decoder blocks")
     args = parse_args(parser)
     vars(args).setdefault("data", "multi30k" if args.text else "toy")
-    corpus = args.data if args.data in CORPORA else "tatoeba"   # a text file has its defaults
-    for name, _, _, *defaults in TRAINING_OPTIONS:
-        vars(args).setdefault(name, defaults[CORPORA.index(corpus)])
+    defaults = DEFAULTS.get(args.data, DEFAULTS["tatoeba"])     # a text file has those of tatoeba
+    for name, value in defaults.items():
+        vars(args).setdefault(name, value)
     if args.d_model % args.n_heads != 0:
         parser.error(f"--n_heads {args.n_heads} does not divide --d_model {args.d_model}")
 
-    # Without training
+    # without training
     if args.line is not None:
         translate_line(args)
         sys.exit()
@@ -1282,8 +1291,8 @@ if __name__ == "__main__":
         print(f"result: {result} seconds={time.perf_counter() - start:.1f}")
         sys.exit()
 
-    # Several processes, started by torchrun (skip this on a first reading). Each takes a part of
-    # every batch, and DistributedDataParallel averages the gradients. Usually there is only one.
+    # several processes, started by torchrun (skip this on a first reading): each takes a part of
+    # every batch, and DistributedDataParallel averages the gradients; usually there is only one
     rank = 0            # the number of this process
     world_size = 1      # the number of processes
     if distributed.is_torchelastic_launched():
@@ -1293,7 +1302,7 @@ if __name__ == "__main__":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
 
-    # Files: the weights, and beside them the checkpoint of an unfinished run.
+    # files: the weights, and beside them the checkpoint of an unfinished run
     weights_path = path_of(args.out_dir, args.data, ".pt")
     checkpoint_path = weights_path + ".checkpoint"
     if args.resume and not os.path.exists(checkpoint_path):
@@ -1302,20 +1311,20 @@ if __name__ == "__main__":
         sys.exit(f"{checkpoint_path} holds an unfinished run: continue it with --resume, "
                  "or delete the file")
 
-    # Data. The tokenizer learns from the training part alone.
+    # data; the tokenizer learns from the training part alone
     train_pairs = load_pairs(args.data, "train")
     val_pairs = load_pairs(args.data, "val")
     texts = [fold(german) for german, _ in train_pairs]
     texts += [english for _, english in train_pairs]
-    tokenizer_merges = learn_merges(texts, args.merges)
-    tokenizer = Tokenizer(tokenizer_merges)
+    merges = learn_merges(texts, args.merges)
+    tokenizer = Tokenizer(merges)
     checksum = zlib.crc32(repr(train_pairs).encode())       # for --resume: is it the same data?
     train_pairs = drop_long(tokenizer, train_pairs, "train")
     val_pairs = drop_long(tokenizer, val_pairs, "val")
     examples = encode_pairs(tokenizer, train_pairs)
     val_examples = encode_pairs(tokenizer, val_pairs)
 
-    # Model and optimizer (betas and eps are those of section 5.3)
+    # model and optimizer; betas and eps are those of section 5.3, the loop sets the learning rate
     vocab_size = len(tokenizer.pieces)
     sizes = [vocab_size, MAX_LEN, args.d_model, args.n_heads, args.n_enc_layers, args.n_dec_layers]
     model = TransformerModel(*sizes, dropout=args.dropout).to(args.device)
@@ -1325,10 +1334,10 @@ if __name__ == "__main__":
         print(f"{n_params:,} parameters, {len(examples):,} training pairs, "
               f"{len(val_examples):,} validation pairs")
 
-    # Resume an interrupted run, with the options and the data that it had.
+    # resume an interrupted run, with the options and the data that it had
     settings = {"data": args.data, "seed": args.seed, "checksum of the data": checksum,
                 "processes": world_size}
-    for name, *_ in TRAINING_OPTIONS:
+    for name in defaults:
         settings[name] = getattr(args, name)
     first_step = 0
     if args.resume:
@@ -1348,40 +1357,41 @@ if __name__ == "__main__":
         optimizer.load_state_dict(checkpoint["optimizer"])
         first_step = checkpoint["step"]
 
-    # Training loop
+    # training loop
     net = model
     if world_size > 1:
         net = nn.parallel.DistributedDataParallel(model)    # the same weights
+    log_every = max(1, args.steps // 20)
     batches = make_batches(examples, args.batch_tokens, args.seed)
     batches = itertools.islice(batches, first_step, None)   # a resumed run skips the old batches
     for step in range(first_step, args.steps):
         model.train()
         torch.manual_seed(args.seed + step * world_size + rank)     # for dropout, also if resumed
 
-        # Get a batch.
+        # get a batch
         indices = next(batches)
         if len(indices) < world_size:
             continue                                        # every process needs a sentence
         batch = [examples[i] for i in indices[rank::world_size]]
         n_targets = sum(len(examples[i][1]) - 1 for i in indices)   # of all processes
 
-        # Forward: the mean loss of all targets. (DistributedDataParallel divides the sum of the
-        # gradients by world_size, so multiply by it.)
+        # forward: the mean loss of all targets (DistributedDataParallel divides the sum of the
+        # gradients by world_size, so multiply by it)
         loss = batch_loss(net, batch, args.device, label_smoothing=0.1) / n_targets * world_size
 
-        # Backward, update. Clipping keeps a rare huge gradient from ruining the weights.
+        # backward, update; clipping keeps a rare huge gradient from ruining the weights
         optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)   # before clipping
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
         optimizer.step()
 
-        # Log, and save a checkpoint. The validation loss can be lower than the loss, because it has
-        # no dropout and no label smoothing.
+        # log, and save a checkpoint; the validation loss can be lower than the loss, because it has
+        # no dropout and no label smoothing
         if step == 0 and rank == 0:
             print(f"step 0/{args.steps}: loss {loss:.4f}, uniform prediction ln {vocab_size} = "
                   f"{math.log(vocab_size):.4f}", flush=True)
-        if (step + 1) % max(1, args.steps // 20) == 0 and rank == 0:
+        if (step + 1) % log_every == 0 and rank == 0:
             model.eval()
             val_loss = validation_loss(model, val_examples, args.device)
             seconds = time.perf_counter() - start
@@ -1397,15 +1407,15 @@ if __name__ == "__main__":
     if rank != 0:
         sys.exit()
 
-    # Save the weights in half precision: they are half as large, and translate as well.
+    # save the weights in half precision: half the size, and the translations are as good
     weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    save({"sizes": sizes, "merges": tokenizer_merges, "steps": args.steps, "weights": weights},
+    save({"sizes": sizes, "merges": merges, "steps": args.steps, "weights": weights},
          weights_path)
     if os.path.exists(checkpoint_path):
         os.remove(checkpoint_path)
     print(f"saved {weights_path}")
 
-    # Evaluation, with the weights as saved
+    # evaluation, with the weights as saved
     model, tokenizer = load_model(args.data, args.out_dir, args.device)
     exact, bleu_score = score(model, tokenizer, val_pairs, args.beam)
     seconds = time.perf_counter() - start
