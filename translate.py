@@ -643,9 +643,13 @@ def learn_merges(texts, n_merges):
 
 
 class Tokenizer:
-    """Text to tokens and back. `merges` is what `learn_merges` returns."""
+    """Text to tokens and back. `merges` is what `learn_merges` returns.
 
-    def __init__(self, merges):
+    `folded` says whether source texts are folded before they are encoded.
+    """
+
+    def __init__(self, merges, folded=True):
+        self.folded = folded
         self.token_of = {}                              # (left, right) -> the merged token
         self.pieces = [b""] * FIRST_BYTE                # the bytes of every token
         self.pieces += [bytes([byte]) for byte in range(256)]
@@ -681,7 +685,9 @@ class Tokenizer:
 
 def encode_source(tokenizer, german):
     """What the encoder reads: the tokens of the German text, then EOS."""
-    return tokenizer.encode(fold(german)) + [EOS]
+    if tokenizer.folded:
+        german = fold(german)
+    return tokenizer.encode(german) + [EOS]
 
 
 def encode_pairs(tokenizer, pairs):
@@ -1082,8 +1088,9 @@ def load_model(data, out_dir, device):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model = TransformerModel(*saved["sizes"], dropout=0.0)
         model.load_state_dict(saved["weights"])
-        tokenizer = Tokenizer(saved["merges"])
-        steps = saved["steps"]
+        # the included file for multi30k is older and has neither "folded" nor "steps"
+        tokenizer = Tokenizer(saved["merges"], saved.get("folded", False))
+        steps = saved.get("steps", 22_000)
     except Exception as error:                      # torch.load can fail in many ways
         sys.exit(f"{path} does not hold weights of translate.py ({type(error).__name__}): "
                  "delete it or train again")
@@ -1314,10 +1321,11 @@ if __name__ == "__main__":
     # data; the tokenizer learns from the training part alone
     train_pairs = load_pairs(args.data, "train")
     val_pairs = load_pairs(args.data, "val")
-    texts = [fold(german) for german, _ in train_pairs]
+    folded = args.data != "multi30k"        # captions are typed carefully
+    texts = [fold(german) if folded else german for german, _ in train_pairs]
     texts += [english for _, english in train_pairs]
     merges = learn_merges(texts, args.merges)
-    tokenizer = Tokenizer(merges)
+    tokenizer = Tokenizer(merges, folded)
     checksum = zlib.crc32(repr(train_pairs).encode())       # for --resume: is it the same data?
     train_pairs = drop_long(tokenizer, train_pairs, "train")
     val_pairs = drop_long(tokenizer, val_pairs, "val")
@@ -1409,8 +1417,8 @@ if __name__ == "__main__":
 
     # save the weights in half precision: half the size, and the translations are as good
     weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    save({"sizes": sizes, "merges": merges, "steps": args.steps, "weights": weights},
-         weights_path)
+    save({"sizes": sizes, "merges": merges, "folded": folded, "steps": args.steps,
+          "weights": weights}, weights_path)
     if os.path.exists(checkpoint_path):
         os.remove(checkpoint_path)
     print(f"saved {weights_path}")
