@@ -1189,7 +1189,7 @@ def translate_line(args):
     elif args.data == "toy" or (german, english) in split_pairs(pairs, part_of(german)):
         held_out = "yes"
     else:
-        held_out = "yes, but its translation occurs in training"
+        held_out = "yes, but its translation occurs in training, or another one is scored"
     print(f"held out:    {held_out}")
     if args.plot:
         path = path_of(args.out_dir, args.data, ".png")
