@@ -1,18 +1,13 @@
 """
 Which pixels is a network without attention most sensitive to, and how can it be fooled?
 
-A convolutional network has no attention weights to look at. But we can ask of every pixel: if it
-changes a little, how much does the loss change? The answer is the Jacobian of the loss with respect
-to the image. Where it is large, the network is sensitive (saliency), and a small step along its
-signs can fool the network (adversarial example).
+The gradient of the loss with respect to an image says of every pixel: if it changes a little, how
+much does the loss change? Where it is large, the network is sensitive (saliency), and a small step
+along its signs can fool the network (adversarial example). The gradient is a form of implicit
+attention: translate.py compares it with attention weights where the right answer is known.
 
-This is in a repository about attention because the gradient is a form of implicit attention:
-translate.py measures it against explicit attention weights where the right answer is
-known.
-
-The script draws its own images, one simple shape on a cluttered background, and trains a small
-network to tell four shapes apart. We know which pixels belong to the shape, so we can measure how
-often the most salient pixel is on it or near it.
+The script draws four simple shapes on cluttered backgrounds, and trains a small network to tell
+them apart. So we know which pixels belong to the shape.
 
 $ python saliency.py --load assets/saliency.pt      # trained weights: all results in seconds
 $ python saliency.py                                # train first, in less than a minute
@@ -43,42 +38,41 @@ from attention import download, parse_args, positive
 # The Jacobian of the loss
 #
 # The loss is the cross-entropy -log p(target), where p(target) is the probability that the network
-# gives to the right class: 0 for p = 1, and large for small p. The Jacobian of a function contains
-# all its partial derivatives: a row for each output, a column for each input. The loss is a single
-# number, so its Jacobian has a single row, with an entry for each value of the image: 3 colors *
-# 32 * 32 pixels = 3,072 entries. This is the gradient of the loss with respect to the image. If an
-# entry is 5, then increasing that value of the image by 0.01 increases the loss by about 0.05.
+# gives to the right class. It is 0 for p = 1, and large for small p.
 #
-# Training uses the gradient with respect to the weights. Here the weights are fixed and the image
-# is the variable. Backpropagation can do both: it computes the derivative with respect to any
-# tensor that requires a gradient.
+# The Jacobian of a function contains all its partial derivatives: a row for each output, a column
+# for each input. The loss is a single number, so its Jacobian is a single row, the gradient: an
+# entry for each of the 3 colors * 32 * 32 pixels = 3,072 values of the image. If an entry is 5,
+# then increasing that value by 0.01 increases the loss by about 0.05.
+#
+# Training computes the gradient with respect to the weights. Here the weights are fixed and the
+# image is the variable. Backpropagation works for any tensor that requires a gradient.
 #
 # Images are (B, 3, H, W): batch, colors (red, green, blue), rows, columns. Values are in [0, 1].
 @torch.enable_grad()
 def calculate_jacobian(model, x, target):
     """The gradient (B, 3, H, W) of the loss at the images x, and the logits (B, n_classes).
 
-    `target` (B,) are the right classes. Each image gets its own gradient, the same alone and in a
-    batch. The model and x stay as they are.
+    `target` (B,) are the right classes. The model and x stay as they are.
     """
-    x = x.detach().requires_grad_()                                         # (B, 3, H, W)
-    logits = eval_logits(model, x)                                          # (B, n_classes)
-    # Only one term of this sum depends on image i: its own loss. So the gradient of the sum with
-    # respect to image i is the gradient of its own loss.
+    x = x.detach().requires_grad_()
+    logits = eval_logits(model, x)
+    # Only one term of this sum depends on image i, its own loss. So the gradient of the sum with
+    # respect to image i is that of its own loss, the same alone and in a batch.
     loss = cross_entropy(logits, target).sum()
-    gradient, = torch.autograd.grad(loss, x)                                # (B, 3, H, W)
+    gradient, = torch.autograd.grad(loss, x)
     return gradient, logits.detach()
 
 
 def eval_logits(model, x):
-    """The logits (B, n_classes) for the images x, in eval mode. The model keeps its mode.
+    """The logits (B, n_classes) in eval mode. The model keeps its mode.
 
-    In training mode, BatchNorm computes mean and variance from the batch, so every image would
-    influence the others. In eval mode it uses averages that it collected during training.
+    In training mode BatchNorm computes mean and variance from the batch, so images would influence
+    each other. In eval mode it uses averages collected during training.
     """
     modes = [module.training for module in model.modules()]
     model.eval()
-    logits = model(x)                                                       # (B, n_classes)
+    logits = model(x)
     for module, training in zip(model.modules(), modes):
         module.training = training
     return logits
@@ -87,14 +81,13 @@ def eval_logits(model, x):
 def cross_entropy(logits, target):
     """The loss -log p(target) of each image, (B,). Its gradient is exact even if p is nearly 1.
 
-    F.cross_entropy computes its gradient from p - 1, which float32 rounds to 0 if p is within 6e-8
-    of 1. Let t be the target's logit and S the sum of e^logit over the other classes. Then
-    p = e^t / (e^t + S) = 1 / (1 + e^z) with z = log(S) - t, and the loss is log(1 + e^z),
-    which is softplus(z).
+    The gradient of F.cross_entropy contains p - 1, which float32 rounds to 0 if p is within 6e-8 of
+    1. Let t be the target's logit, and S the sum of e^logit over the other classes. Then
+    p = e^t / (e^t + S) = 1 / (1 + e^z) with z = log(S) - t, so the loss is log(1 + e^z): softplus.
     """
     is_target = F.one_hot(target, logits.size(1)).bool()                    # (B, n_classes)
     others = logits.masked_fill(is_target, -math.inf).logsumexp(dim=1)      # (B,)
-    return F.softplus(others - logits[is_target])                           # (B,)
+    return F.softplus(others - logits[is_target])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -102,7 +95,7 @@ def cross_entropy(logits, target):
 #
 # The gradient has three numbers for each pixel, one for each color. Saliency is the length of this
 # vector: it shows where a change matters, but not in which direction. (Simonyan et al. take the
-# maximum over colors, and the gradient of the target's logit instead of the loss.)
+# maximum over colors, and the gradient of the target's logit.)
 def saliency_map(gradient):
     """Gradient (B, 3, H, W) -> saliency (B, H, W): L2 norm over colors, rescaled to [0, 1].
 
@@ -110,9 +103,8 @@ def saliency_map(gradient):
     """
     norm = scale_to_1(gradient).norm(dim=1)                                 # (B, H, W)
     low = norm.amin(dim=(1, 2), keepdim=True)                               # (B, 1, 1)
-    high = norm.amax(dim=(1, 2), keepdim=True)                              # (B, 1, 1)
-    # a map that is the same everywhere becomes 0 / tiny = 0 instead of 0 / 0
-    tiny = torch.finfo(norm.dtype).tiny
+    high = norm.amax(dim=(1, 2), keepdim=True)
+    tiny = torch.finfo(norm.dtype).tiny     # a constant map becomes 0 / tiny instead of 0 / 0
     return (norm - low) / (high - low).clamp_min(tiny)
 
 
@@ -129,8 +121,8 @@ def scale_to_1(gradient):
 # --------------------------------------------------------------------------------------------------
 # Adversarial examples: which small change matters most?
 #
-# To fool the network, change the image so that p(target) decreases, which means that the loss
-# increases. Let d be a change in which no value changes by more than eps. For a small eps, the loss
+# To fool the network, change the image so that the loss increases, because then p(target)
+# decreases. Let d be a change in which no value changes by more than eps. For a small eps, the loss
 # increases by about sum(g * d), where g is the gradient. Each term g_i * d_i is largest if d_i is
 # eps where g_i is positive, and -eps where it is negative. So the best change is eps times the
 # *sign* of the gradient, whatever its size. This is the fast gradient sign method (FGSM).
@@ -144,37 +136,36 @@ def scale_to_1(gradient):
 #
 # The scaled Jacobian is eps * g / max |g|: only the largest entry of g uses all of eps. Random
 # signs show what a change of the same size does without the gradient. With L1 = sum of |g|,
-# L2 = sqrt(sum of g^2) and Linf = max |g|, the last numbers are L1, L2^2 / Linf and L2.
+# L2 = sqrt(sum of g^2) and Linf = max |g|, the numbers 4.1, 3.34 and 3.16 are L1, L2^2 / Linf and
+# L2.
 #
-# With three values these numbers are similar. But if all n values of g have the same magnitude a,
-# then L1 is n * a and L2 is only sqrt(n) * a. In this best case, for n = 3,072, the sign step
-# increases the loss by 55 = sqrt(n) times as much as typical random signs: many changes that are
-# too small to see add up.
-#
-# What if we add the Jacobian as it is? The derivative of the loss with respect to the target's
-# logit is p(target) - 1. So the gradient is tiny if the network is confidently right, and large
-# otherwise. The size of the change depends on that, and not on eps.
+# If all n values of g have the same magnitude a, then L1 is n * a and L2 is only sqrt(n) * a. In
+# this best case, for n = 3,072, the sign step increases the loss by 55 = sqrt(n) times as much as
+# typical random signs: many changes that are too small to see add up.
+def sign_step(x, gradient, eps):
+    """Images in [0, 1], each value of x changed by eps so that the loss increases (FGSM)."""
+    return (x + eps * gradient.sign()).clamp(0, 1)
+
+
 def adversarial_example(model, x, target, eps, steps=1):
     """Images in [0, 1] within eps of x, after `steps` sign steps of eps / steps.
 
-    One step is FGSM. Several smaller steps increase the loss further, because each uses the
-    gradient at the place that it starts from (https://arxiv.org/abs/1607.02533).
+    Several small steps increase the loss further than one, because each uses the gradient at the
+    place that it starts from (https://arxiv.org/abs/1607.02533).
     """
-    adversarial = x.detach()                                                # (B, 3, H, W)
+    adversarial = x.detach()
     for _ in range(steps):
-        gradient, _ = calculate_jacobian(model, adversarial, target)        # (B, 3, H, W)
-        adversarial = adversarial + eps / steps * gradient.sign()
-        adversarial = adversarial.clamp(0, 1)
+        gradient, _ = calculate_jacobian(model, adversarial, target)
+        adversarial = sign_step(adversarial, gradient, eps / steps)
     return adversarial
 
 
-def all_attacks(model, x, target, eps, steps=1):
-    """The four attacks, {name: images (B, 3, H, W)}. Only the unscaled Jacobian can exceed eps."""
-    gradient, _ = calculate_jacobian(model, x, target)                      # (B, 3, H, W)
+def all_attacks(x, gradient, eps):
+    """Four attacks with the gradient at x, {name: images}. Only the unscaled one can exceed eps."""
     scaled = eps * scale_to_1(gradient)
     random = eps * torch.randn_like(x).sign()
     return {
-        "sign step": adversarial_example(model, x, target, eps, steps),
+        "sign step": sign_step(x, gradient, eps),
         "scaled Jacobian": (x + scaled).clamp(0, 1),
         "unscaled Jacobian": (x + gradient).clamp(0, 1),
         "random signs": (x + random).clamp(0, 1),
@@ -185,9 +176,9 @@ def all_attacks(model, x, target, eps, steps=1):
 # The network
 #
 # A small ResNet (He et al. 2016, https://arxiv.org/abs/1512.03385). A convolution computes each
-# pixel of its output from a 3 x 3 square of its input, with the same weights everywhere. BatchNorm
-# brings each channel to mean 0 and variance 1, then learns another mean and variance. A residual
-# connection adds the input of a block to its output, so that gradients get through deep networks.
+# output pixel from a 3 x 3 square of its input, with the same weights everywhere. BatchNorm brings
+# each channel to mean 0 and variance 1, then learns another mean and variance. A residual
+# connection adds a block's input to its output, so that gradients get through deep networks.
 class BasicBlock(nn.Module):
     """Two convolutions, residual connection: (B, c_in, H, W) -> (B, c_out, H/stride, W/stride)."""
 
@@ -208,9 +199,9 @@ class BasicBlock(nn.Module):
     def forward(self, x):
         residual = x
         if self.downsample is not None:
-            residual = self.downsample(x)                                   # (B, c_out, H', W')
-        y = F.relu(self.bn1(self.conv1(x)))                                 # (B, c_out, H', W')
-        y = self.bn2(self.conv2(y))                                         # (B, c_out, H', W')
+            residual = self.downsample(x)
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
         return F.relu(y + residual)
 
 
@@ -245,20 +236,92 @@ def load_model(path):
 # --------------------------------------------------------------------------------------------------
 # Images: how to draw with signed distances
 #
-# The signed distance of a pixel to a shape is negative inside, 0 at the edge and positive outside.
-# For a disc, it is the distance to the center minus the radius. To draw a shape, compute the signed
-# distance of every pixel, and paint the pixels where it is negative. Shapes can be combined:
+# To draw a disc, compute for every pixel how far it is from the edge, with a minus sign inside:
+# its distance to the center minus the radius. Paint the pixels where this signed distance is
+# negative, and those at the edge in part, so that the edge is smooth. For a radius of 1.8, in a row
+# of pixels through the center:
 #
-#     both shapes together           the minimum of the two distances
-#     where two shapes overlap       the maximum of the two distances
-#     the first without the second   the maximum of the first and minus the second
-#     an outline of width w          |distance| - w / 2
+#     distance to the center     3     2     1     0     1     2     3
+#     signed distance          1.2   0.2  -0.8  -1.8  -0.8   0.2   1.2
+#     coverage                   0   0.3     1     1     1   0.3     0    0.5 - signed distance,
+#                                                                         clamped to [0, 1]
 #
-# To move, rotate and enlarge a shape, change the coordinates instead of the shape: u and v are the
-# coordinates of the pixels as seen from the shape, with its center at (0, 0) and its radius as the
-# unit. All functions draw n images at once, so a random number for each is a tensor (n, 1, 1).
+# Another shape only needs another formula. Two shapes with distances a and b give new ones:
+#
+#     a together with b          min(a, b)     negative where one of them is negative
+#     where a and b overlap      max(a, b)     negative where both are negative
+#     a without b                max(a, -b)    -b is negative outside b
+#     the outline of a           |a| - w / 2   negative within w / 2 of the edge
+#
+# To move, rotate or enlarge a shape, keep its formula and change the coordinates. Each shape below
+# is upright, has its center at u = v = 0, and fits into a circle of radius 1. All functions draw n
+# images at once, so a random number for each is a tensor (n, 1, 1).
 SIZE = 32
+
+
+def disc(u, v, radius):
+    """Signed distance to a disc."""
+    return torch.hypot(u, v) - radius
+
+
+def box(u, v, half_width, half_height):
+    """Signed distance to a rectangle. Beyond a corner it is too small, which is harmless here."""
+    return torch.maximum(u.abs() - half_width, v.abs() - half_height)
+
+
+def cross(u, v):
+    """A horizontal bar together with a vertical one."""
+    horizontal = box(u, v, 0.95, 0.24)
+    vertical = box(u, v, 0.24, 0.95)
+    return torch.minimum(horizontal, vertical)
+
+
+def triangle(u, v):
+    """The outline of the triangle where three half-planes overlap."""
+    bottom = v - 0.43                           # negative above the line v = 0.43: v points down
+    left = -0.87 * u - 0.5 * v - 0.43           # the same, rotated by 120 degrees
+    right = 0.87 * u - 0.5 * v - 0.43           # and by 240 degrees
+    filled = torch.maximum(bottom, torch.maximum(left, right))
+    return filled.abs() - 0.17
+
+
+def bars(u, v):
+    """Two bars, one above the other."""
+    upper = box(u, v + 0.52, 0.8, 0.22)
+    lower = box(u, v - 0.52, 0.8, 0.22)
+    return torch.minimum(upper, lower)
+
+
+def screw(u, v):
+    """The head of a screw: a disc without a slot."""
+    slot = box(u, v, 1.0, 0.2)
+    return torch.maximum(disc(u, v, 0.85), -slot)
+
+
+SHAPES = [cross, triangle, bars, screw]
 CLASSES = ["cross", "triangle", "bars", "screw"]
+
+
+def offsets(center_x, center_y):
+    """How far every pixel is from a center: to the right (n, 1, 32), and down (n, 32, 1)."""
+    pixels = torch.arange(SIZE) + 0.5
+    x = pixels.view(1, 1, SIZE) - center_x
+    y = pixels.view(1, SIZE, 1) - center_y
+    return x, y
+
+
+def coordinates(center_x, center_y, angle):
+    """The coordinates u and v of all pixels, (n, 32, 32), as seen from a rotated shape."""
+    x, y = offsets(center_x, center_y)
+    u = x * torch.cos(angle) + y * torch.sin(angle)
+    v = y * torch.cos(angle) - x * torch.sin(angle)
+    return u, v
+
+
+def paint(images, color, distance, opacity=1.0):
+    """Paint the color (n, 3, 1, 1) where the signed distance in pixels (n, 32, 32) is negative."""
+    coverage = opacity * (0.5 - distance).clamp(0, 1)
+    return images.lerp(color, coverage.unsqueeze(1))
 
 
 def uniform(n, low, high):
@@ -266,66 +329,10 @@ def uniform(n, low, high):
     return low + (high - low) * torch.rand(n, 1, 1)
 
 
-def coordinates(center_x, center_y, angle):
-    """The coordinates u and v of all pixels, (n, 32, 32), as seen from a shape at this place."""
-    pixels = torch.arange(SIZE) + 0.5                                       # centers of the pixels
-    x = pixels.view(1, 1, SIZE) - center_x                                  # (n, 1, 32)
-    y = pixels.view(1, SIZE, 1) - center_y                                  # (n, 32, 1)
-    u = x * torch.cos(angle) + y * torch.sin(angle)                         # (n, 32, 32)
-    v = y * torch.cos(angle) - x * torch.sin(angle)
-    return u, v
-
-
-def disc(u, v, radius):
-    """Signed distance to a disc: the distance to its center minus its radius."""
-    return torch.hypot(u, v) - radius
-
-
-def box(u, v, half_width, half_height):
-    """Signed distance to a rectangle. Beyond a corner it is too small, which is harmless."""
-    return torch.maximum(u.abs() - half_width, v.abs() - half_height)
-
-
-def cross(u, v):
-    """A horizontal and a vertical bar together."""
-    horizontal = box(u, v, 0.95, 0.24)
-    vertical = box(u, v, 0.24, 0.95)
-    return torch.minimum(horizontal, vertical)
-
-
-def triangle(u, v):
-    """The outline of an equilateral triangle, which is where three half-planes overlap."""
-    bottom = v - 0.43                                                       # v points down
-    left = -0.87 * u - 0.5 * v - 0.43                                       # rotated by 120 degrees
-    right = 0.87 * u - 0.5 * v - 0.43                                       # and by 240 degrees
-    filled = torch.maximum(bottom, torch.maximum(left, right))
-    return filled.abs() - 0.17
-
-
-def bars(u, v):
-    """Two parallel bars together, one above the other."""
-    upper = box(u, v + 0.52, 0.8, 0.22)
-    lower = box(u, v - 0.52, 0.8, 0.22)
-    return torch.minimum(upper, lower)
-
-
-def screw(u, v):
-    """The head of a screw: a disc without the slot across it."""
-    slot = box(u, v, 1.0, 0.2)
-    return torch.maximum(disc(u, v, 0.85), -slot)
-
-
-def paint(images, color, distance, opacity=1.0):
-    """Paint the color (n, 3, 1, 1) where the distance in pixels (n, 32, 32) is negative."""
-    # The coverage falls from 1 to 0 over the width of a pixel, which makes slanted edges smooth.
-    coverage = opacity * (0.5 - distance).clamp(0, 1)                       # (n, 32, 32)
-    return images.lerp(color, coverage.unsqueeze(1))
-
-
 def make_images(n, upright=False):
     """n random images (n, 3, 32, 32), labels (n,), and masks (n, 32, 32), True on the shape.
 
-    With `upright`, every shape is in the center, not rotated, and of the largest radius.
+    With `upright`, every shape is in the center, not rotated, and as large as possible.
     """
     # Background: a random color, with six soft blobs of other colors
     images = torch.rand(n, 3, 1, 1).expand(n, 3, SIZE, SIZE)
@@ -334,18 +341,18 @@ def make_images(n, upright=False):
         center_y = uniform(n, 0, SIZE)
         width = uniform(n, 2, 8)
         color = torch.rand(n, 3, 1, 1)
-        u, v = coordinates(center_x, center_y, angle=torch.zeros(1))
-        distance = torch.hypot(u, v)                                        # (n, 32, 32)
+        x, y = offsets(center_x, center_y)
+        distance = torch.hypot(x, y)                                        # (n, 32, 32)
         blob = torch.exp(-0.5 * (distance / width) ** 2)                    # 1 at the center
         images = images.lerp(color, blob.unsqueeze(1))
 
-    # In each color channel, the shape is bright (0.75 to 1) and the background is not (at most
-    # 0.55), or the shape is dark (0 to 0.25) and the background is not (at least 0.45).
+    # In each color channel, the shape is bright (0.75 to 1) on a darker background (0 to 0.55), or
+    # dark (0 to 0.25) on a brighter one (0.45 to 1).
     bright = torch.randint(2, (n, 3, 1, 1))
     images = 0.55 * images + 0.45 * (1 - bright)
     color = 0.75 * bright + 0.25 * torch.rand(n, 3, 1, 1)
 
-    # Four faint strokes of the same color, so that color alone does not give the shape away
+    # Four faint strokes of the same color, so that color does not give the shape away
     for _ in range(4):
         center_x = uniform(n, 0, SIZE)
         center_y = uniform(n, 0, SIZE)
@@ -356,7 +363,7 @@ def make_images(n, upright=False):
         distance = box(u, v, half_length, half_width)
         images = paint(images, color, distance, opacity=0.3)
 
-    # The shape: compute the distances to all four, then take the one of the label
+    # The shape
     radius = uniform(n, 6.5, 9)
     center_x = uniform(n, 9, SIZE - 9)
     center_y = uniform(n, 9, SIZE - 9)
@@ -369,14 +376,11 @@ def make_images(n, upright=False):
     u, v = coordinates(center_x, center_y, angle)
     u = u / radius
     v = v / radius
-    distances = torch.stack([
-        cross(u, v),
-        triangle(u, v),
-        bars(u, v),
-        screw(u, v),
-    ])                                                                      # (4, n, 32, 32)
-    labels = torch.randint(len(CLASSES), (n,))                              # (n,)
-    distance = distances[labels, torch.arange(n)]                           # (n, 32, 32)
+    labels = torch.randint(len(CLASSES), (n,))
+    distance = torch.empty(n, SIZE, SIZE)
+    for c, shape in enumerate(SHAPES):
+        of_class = labels == c
+        distance[of_class] = shape(u[of_class], v[of_class])
     distance = distance * radius                                            # in pixels
     images = paint(images, color, distance)
 
@@ -386,21 +390,41 @@ def make_images(n, upright=False):
 
 
 # --------------------------------------------------------------------------------------------------
-# What is measured (1): does the network see the shape, and does saliency point at it?
+# What is measured (1): does saliency point at the shape?
 #
-# Pointing is how often the most salient pixel is on the shape or at most two pixels away from it.
-# Two pixels, because a shape is recognized by its edges, and an edge has two sides: a change beside
-# the edge matters as much as a change on the shape.
+# Pointing is how often the most salient pixel is at most two pixels away from the shape. It means
+# little without a comparison:
+#
+# - Trained network. The most salient pixel is nearly always within two pixels of the shape, but on
+#   it only half of the time. Saliency shows where a *change* matters, and a change beside an edge
+#   matters as much as one on the shape: painting the slot of the screw would make it a disc.
+#   saliency_mean.png shows such places.
+# - Untrained network. It has learned nothing but beats chance. Where an image is flat, the same
+#   ReLUs are active everywhere, and the map repeats one pattern every four pixels (two convolutions
+#   with stride 2). At an edge other ReLUs are active, so the pattern changes, and the shape has the
+#   sharpest edges. The gradient is no larger there on average (1.01 times, measured with twelve
+#   networks), but it varies 1.4 times as much from pixel to pixel, so its largest value is often
+#   there. A map that shows the object therefore does not prove that the network has learned
+#   anything. Compare it with the map of an untrained network (Adebayo et al. 2018, "Sanity Checks
+#   for Saliency Maps", https://arxiv.org/abs/1810.03292).
+# - Edge detector. It cannot tell the classes apart, and is always within two pixels. So pointing
+#   measures whether a map finds the object, and not whether it explains the decision.
+# - Random pixel: chance. The shape covers a tenth of the image, and a quarter of the image is
+#   within two pixels of it.
 @torch.no_grad()
 def predict(model, images):
     """Probabilities (B, n_classes)."""
     return eval_logits(model, images).softmax(dim=1)
 
 
+def is_correct(model, images, labels):
+    """Whether the most probable class of each image is its label, (B,)."""
+    return predict(model, images).argmax(dim=1) == labels
+
+
 def accuracy_of(model, images, labels):
     """Fraction of the images whose most probable class is the label."""
-    correct = predict(model, images).argmax(dim=1) == labels                # (B,)
-    return correct.float().mean().item()
+    return is_correct(model, images, labels).float().mean().item()
 
 
 def within_two_pixels(masks):
@@ -412,8 +436,8 @@ def within_two_pixels(masks):
 def pointing_of(saliency, masks):
     """How often the most salient pixel is on the shape, and within two pixels of it."""
     best = saliency.flatten(1).argmax(dim=1, keepdim=True)                  # (B, 1)
-    on_shape = masks.float().flatten(1).gather(1, best)                     # (B, 1)
-    near_shape = within_two_pixels(masks).flatten(1).gather(1, best)        # (B, 1)
+    on_shape = masks.float().flatten(1).gather(1, best)
+    near_shape = within_two_pixels(masks).flatten(1).gather(1, best)
     return on_shape.mean().item(), near_shape.mean().item()
 
 
@@ -423,26 +447,8 @@ def edge_map(images):
     return torch.hypot(vertical, horizontal).norm(dim=1)
 
 
-# Pointing means little without a comparison, so the table has four rows:
-#
-# - Trained network. The most salient pixel is nearly always within two pixels of the shape, but on
-#   it only half of the time. Saliency shows where a *change* matters: painting the slot of the
-#   screw would make it a disc, so the slot matters as much as the metal. saliency_mean.png shows
-#   these places.
-# - Untrained network. It has learned nothing but beats chance. Where an image is flat,
-#   the same ReLUs are active everywhere, and the map repeats one pattern every four pixels (two
-#   convolutions with stride 2). At an edge other ReLUs are active, so the pattern changes, and the
-#   shape has the sharpest edges. So a map that shows the object does not prove that the network has
-#   learned anything. Compare it with the map of an untrained network (Adebayo et al. 2018, "Sanity
-#   Checks for Saliency Maps", https://arxiv.org/abs/1810.03292).
-# - Edge detector. It cannot tell the classes apart, and is always within two pixels. So pointing
-#   measures whether a map finds the object, and not whether it explains the decision.
-# - Random pixel: chance. The shape covers a tenth of the image, and a quarter of the image is
-#   within two pixels of it.
-def measure_pointing(model, untrained, images, labels, masks):
-    """Print a table, and return it: {name: (on the shape, within two pixels)}."""
-    gradient, _ = calculate_jacobian(model, images, labels)
-    gradient_untrained, _ = calculate_jacobian(untrained, images, labels)
+def measure_pointing(gradient, gradient_untrained, images, masks):
+    """Print the table, and return it: {name: (on the shape, within two pixels)}."""
     chance_on_shape = masks.float().mean().item()
     chance_near_shape = within_two_pixels(masks).mean().item()
     table = {
@@ -462,24 +468,24 @@ def measure_pointing(model, untrained, images, labels, masks):
 #
 # Three results need an explanation:
 #
-# - The unscaled Jacobian fools the same few images at every eps, because its size does not depend
-#   on eps. Where the network is confident, its largest entry is usually below 1/255, the precision
-#   of an image file, and nothing happens. Where the network is less confident, the entries are many
-#   times larger, and they fool it.
-# - At eps = 2/255 the unscaled Jacobian fools more images than the sign step. The sign step may
-#   change a value by 2/255 only, while the unscaled Jacobian changes the images that it fools more.
-# - At eps = 16/255 random signs fool some images, too. They are noise that is three times as strong
-#   as the noise in the training images (0.02, about 5/255).
+# - The unscaled Jacobian, the gradient added as it is, fools the same few images at every eps. Its
+#   size does not depend on eps but on the confidence of the network, because the derivative of the
+#   loss with respect to the target's logit is p(target) - 1. Where the network is confidently
+#   right, the largest entry is usually below 1/255, the precision of an image file, and nothing
+#   happens. Where it is less confident, the entries are many times larger, and they fool it.
+# - At eps = 2/255 it fools more images than the sign step, because it changes the images that it
+#   fools by more than 2/255.
+# - At eps = 16/255 random signs fool some images, too. They are noise three times as strong as the
+#   noise in the training images (0.02, about 5/255).
 EPS = [2, 4, 8, 16]  # in units of 1/255
 
 
-def measure_norms(model, images, labels):
+def measure_norms(gradient):
     """Print and return the medians of L1 / L2 and of L1 * Linf / L2^2."""
-    gradient, _ = calculate_jacobian(model, images, labels)
-    # These ratios do not depend on the scale of the gradient. After scale_to_1, Linf is 1.
+    # These ratios do not depend on the scale. After scale_to_1, Linf is 1.
     scaled = scale_to_1(gradient).flatten(1)                                # (B, 3 * H * W)
     l1 = scaled.abs().sum(dim=1)                                            # (B,)
-    l2 = scaled.norm(dim=1)                                                 # (B,)
+    l2 = scaled.norm(dim=1)
     to_random = (l1 / l2).median().item()
     to_scaled = (l1 / l2 ** 2).median().item()
     print("how many times as much the sign step increases the loss, to first order (medians):")
@@ -487,24 +493,22 @@ def measure_norms(model, images, labels):
     return to_random, to_scaled
 
 
-def measure_unscaled(model, images, labels):
+def measure_unscaled(model, images, labels, gradient):
     """Print and return the median of the largest entry of the unscaled Jacobian, times 255.
 
-    Two medians: over the images that the network gets right after adding it, and gets wrong
-    (also those that it got wrong before).
+    Two medians: over the images that the network gets right after the attack, and over the others.
     """
-    gradient, _ = calculate_jacobian(model, images, labels)
     largest = 255 * gradient.abs().amax(dim=(1, 2, 3))                      # (B,)
     attacked = (images + gradient).clamp(0, 1)
-    fooled = predict(model, attacked).argmax(dim=1) != labels               # (B,)
-    harmless = largest[~fooled].median().item()
-    fooling = largest[fooled].median().item()
+    correct = is_correct(model, attacked, labels)
+    harmless = largest[correct].median().item()
+    fooling = largest[~correct].median().item()
     print("largest entry of the unscaled Jacobian (medians):")
     print(f"{harmless:.2f}/255 where it does not fool the network, {fooling:.2f}/255 where it does")
     return harmless, fooling
 
 
-def compare_attacks(model, images, labels, steps=1):
+def compare_attacks(model, images, labels, gradient):
     """Print the accuracy under each attack for each eps; return it as {name: [accuracy, ...]}."""
     names = ["sign step", "scaled Jacobian", "unscaled Jacobian", "random signs"]
     table = {name: [] for name in names}
@@ -513,7 +517,7 @@ def compare_attacks(model, images, labels, steps=1):
         print(f"{name:>19}", end="")
     print()
     for eps in EPS:
-        attacks = all_attacks(model, images, labels, eps / 255, steps)
+        attacks = all_attacks(images, gradient, eps / 255)
         print(f"{eps:8}/255", end="")
         for name in names:
             accuracy = accuracy_of(model, attacks[name], labels)
@@ -528,14 +532,13 @@ def compare_attacks(model, images, labels, steps=1):
 def _show(axis, image, title, **options):
     """Draw an image (3, H, W) or a map (H, W)."""
     if image.ndim == 3:
-        image = image.permute(1, 2, 0)                                      # (H, W, 3)
+        image = image.permute(1, 2, 0)
     axis.imshow(image.cpu().numpy(), **options)
     axis.set_title(title, fontsize=8, parse_math=False)
     axis.set_axis_off()
 
 
 def _save(figure, path):
-    """Write the figure to a file."""
     figure.savefig(path, dpi=100)
     plt.close(figure)
     print(f"saved {path}")
@@ -544,16 +547,16 @@ def _save(figure, path):
 def plot_samples(model, images, labels, titles, names, path):
     """A row for each image: the image, its saliency, both, and the three most probable classes."""
     gradient, _ = calculate_jacobian(model, images, labels)
-    saliency = saliency_map(gradient).cpu()                                 # (B, H, W)
-    top = predict(model, images).topk(3, dim=1)             # .values and .indices, (B, 3) each
+    saliency = saliency_map(gradient).cpu()
+    top = predict(model, images).topk(3, dim=1)
     n = len(images)
     figure, axes = plt.subplots(n, 4, figsize=(9, 2.2 * n), squeeze=False, layout="constrained")
     for i in range(n):
         _show(axes[i, 0], images[i], titles[i])
         _show(axes[i, 1], saliency[i], "saliency", vmin=0, vmax=1)
 
-        # saliency on the gray image, transparent where it is 0; a circle around the largest value
-        gray = images[i].mean(dim=0)                                        # (H, W)
+        # saliency on the gray image, transparent where it is 0
+        gray = images[i].mean(dim=0)
         opacity = saliency[i].numpy()
         _show(axes[i, 2], gray, "", vmin=0, vmax=1, cmap="gray")
         _show(axes[i, 2], saliency[i], "most salient pixel", cmap="autumn", alpha=opacity)
@@ -583,26 +586,27 @@ def plot_mean_saliency(model, untrained, device, path):
     figure, axes = plt.subplots(2, len(CLASSES), figsize=(9, 4.8), layout="constrained")
     for row, network, title in [(0, model, "trained"), (1, untrained, "untrained")]:
         gradient, _ = calculate_jacobian(network, images.to(device), labels.to(device))
-        saliency = saliency_map(gradient).cpu()                             # (200, H, W)
+        saliency = saliency_map(gradient).cpu()
         for c, axis in enumerate(axes[row]):
-            of_class = labels == c                                          # (200,)
-            mean = saliency[of_class].mean(dim=0)                           # (H, W)
+            of_class = labels == c
+            mean = saliency[of_class].mean(dim=0)
             _show(axis, mean, f"{CLASSES[c]}, {title}")
-            # the outline of the shape; all masks of a class are equal
-            mask = masks[of_class][0].float().numpy()                       # (H, W)
+            mask = masks[of_class][0].float().numpy()   # all masks of a class are equal
             axis.contour(mask, levels=[0.5], colors="white", linewidths=0.8)
     _save(figure, path)
 
 
 def plot_attacks(model, images, labels, names, eps, steps, path):
     """A row for each image: the image, then change and result of two attacks."""
-    attacks = all_attacks(model, images, labels, eps, steps)
+    gradient, _ = calculate_jacobian(model, images, labels)
+    attacks = all_attacks(images, gradient, eps)
+    attacks["sign step"] = adversarial_example(model, images, labels, eps, steps)
     n = len(images)
     figure, axes = plt.subplots(n, 5, figsize=(9, 2.2 * n), squeeze=False, layout="constrained")
     _show_predictions(axes[:, 0], model, images, labels, names)
     for column, name in [(1, "sign step"), (3, "scaled Jacobian")]:
         attacked = attacks[name]
-        change = (attacked - images) / (2 * eps) + 0.5                      # [-eps, eps] to [0, 1]
+        change = (attacked - images) / (2 * eps) + 0.5          # [-eps, eps] to [0, 1]
         for axis, image in zip(axes[:, column], change.clamp(0, 1)):
             _show(axis, image, f"change, {name}")
         _show_predictions(axes[:, column + 1], model, attacked, labels, names)
@@ -613,7 +617,7 @@ def plot_attacks(model, images, labels, names, eps, steps, path):
 
 def _show_predictions(axes, model, images, labels, names):
     """An image on each axis. The title is the most probable class, in red if it is wrong."""
-    best = predict(model, images).max(dim=1)                # .values and .indices, (B,) each
+    best = predict(model, images).max(dim=1)
     for i, axis in enumerate(axes):
         label = best.indices[i].item()
         probability = best.values[i].item()
@@ -626,13 +630,12 @@ def _show_predictions(axes, model, images, labels, names):
 # Appendix (skip it on a first reading): photographs and ResNet-18
 #
 # The same two figures for photographs, with a ResNet-18 trained on ImageNet. The attributes have
-# torchvision's names, so that its weights load. Structure and outputs are those of torchvision's
-# network with equal weights; the trained weights themselves could not be downloaded so far, so
-# these figures have not been seen with them.
-class ResNet(nn.Module):
-    """ResNet-18: (B, 3, 224, 224) -> logits (B, n_classes)."""
+# torchvision's names, so that its weights load. With equal weights, the outputs are torchvision's.
+# The trained weights could not be downloaded so far, so these figures have not been seen.
+class ResNet18(nn.Module):
+    """(B, 3, 224, 224) -> logits (B, n_classes), with 11,689,512 parameters for 1,000 classes."""
 
-    def __init__(self, n_classes):
+    def __init__(self, n_classes=1000):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -645,28 +648,23 @@ class ResNet(nn.Module):
 
     def forward(self, x):
         # Mean and standard deviation of ImageNet's colors. torchvision normalizes before the
-        # network. Here the network does it, so that eps is a change of the pixel values.
+        # network. Here the network does it, so that eps is a change of pixel values.
         mean = x.new_tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
         std = x.new_tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
         x = (x - mean) / std
         x = F.relu(self.bn1(self.conv1(x)))                                 # (B, 64, 112, 112)
         x = self.maxpool(x)                                                 # (B, 64, 56, 56)
-        x = self.layer1(x)                                                  # (B, 64, 56, 56)
+        x = self.layer1(x)
         x = self.layer2(x)                                                  # (B, 128, 28, 28)
         x = self.layer3(x)                                                  # (B, 256, 14, 14)
         x = self.layer4(x)                                                  # (B, 512, 7, 7)
-        x = x.mean(dim=(2, 3))                                              # (B, 512)
+        x = x.mean(dim=(2, 3))
         return self.fc(x)
 
 
-def resnet18(num_classes=1000):
-    """As `torchvision.models.resnet18`: 11,689,512 parameters for 1,000 classes."""
-    return ResNet(num_classes)
-
-
 def load_resnet18(path):
-    """ResNet-18 with the weights in a file: a state_dict of torchvision's network."""
-    model = resnet18()
+    """ResNet-18 with torchvision's weights."""
+    model = ResNet18()
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(weights)
@@ -680,32 +678,31 @@ def load_resnet18(path):
 def read_image(path):
     """The image in a file as (3, 224, 224), prepared as torchvision does for its ResNet-18.
 
-    The shorter side becomes 256 pixels, then the central 224 x 224 pixels are kept. The format is
-    recognized by the content, not by the name. EXIF rotation is ignored, as torchvision does.
+    The shorter side becomes 256 pixels, then the center is kept. EXIF rotation is ignored.
     """
     try:
         # With a format that is not "png", matplotlib lets Pillow look at the content.
-        pixels = plt.imread(path, format="any")             # (H, W), (H, W, 3) or (H, W, 4)
-    except Exception:                                       # every format raises its own errors
+        pixels = plt.imread(path, format="any")     # (H, W), (H, W, 3) or (H, W, 4)
+    except Exception:                               # every format raises its own errors
         sys.exit(f"cannot read {path}: no such file, or not an image")
-    # PNG files arrive as floats from 0 to 1, others as integers of 8 or 16 bits
+    # PNG files arrive as floats, others as integers of 8 or 16 bits
     white = {"uint8": 255, "uint16": 65535}.get(pixels.dtype.name, 1)
     pixels = torch.tensor(pixels.astype("float32")) / white
-    if pixels.ndim == 2:                                    # gray: the same value for three colors
-        pixels = pixels.unsqueeze(2).expand(-1, -1, 3)                      # (H, W, 3)
-    if pixels.size(2) == 4:                                 # an alpha channel: put it on white
-        alpha = pixels[:, :, 3:]                                            # (H, W, 1)
-        pixels = pixels[:, :, :3] * alpha + 1 - alpha                       # (H, W, 3)
+    if pixels.ndim == 2:                            # gray: the same value for three colors
+        pixels = pixels.unsqueeze(2).expand(-1, -1, 3)
+    if pixels.size(2) == 4:                         # an alpha channel: put it on white
+        alpha = pixels[:, :, 3:]
+        pixels = pixels[:, :, :3] * alpha + 1 - alpha
 
     height, width, _ = pixels.shape
     shorter = min(height, width)
     height = 256 * height // shorter
     width = 256 * width // shorter
-    x = pixels.permute(2, 0, 1).unsqueeze(0)                                # (1, 3, H, W)
+    x = pixels.permute(2, 0, 1).unsqueeze(0)        # (1, 3, H, W)
     x = F.interpolate(x, (height, width), mode="bilinear", antialias=True)
     top = round((height - 224) / 2)
     left = round((width - 224) / 2)
-    x = x[0, :, top:top + 224, left:left + 224]                             # (3, 224, 224)
+    x = x[0, :, top:top + 224, left:left + 224]
     return x.clamp(0, 1)
 
 
@@ -740,14 +737,14 @@ PHOTOGRAPHS = [  # file, class, SHA-256
 
 
 def photographs(args):
-    """Draw both figures for args.image, or else for PHOTOGRAPHS. Returns the results as text."""
+    """Draw both figures for args.image, or else for PHOTOGRAPHS. Return the results as text."""
     files = args.image
     if not files:
         files = []
         for name, _, sha256 in PHOTOGRAPHS:
             download(PHOTOGRAPHS_URL + name, f"data/{name}", sha256)
             files.append(f"data/{name}")
-    images = torch.stack([read_image(file) for file in files])              # (B, 3, 224, 224)
+    images = torch.stack([read_image(file) for file in files])
     images = images.to(args.device)
 
     path = args.weights
@@ -759,9 +756,9 @@ def photographs(args):
     with open(NAMES[1], encoding="utf-8") as file:
         names = file.read().splitlines()
 
-    # Your own photographs have no labels. The predicted class replaces them, so accuracy is 1.
+    # Your own photographs have no labels: take the predicted class, so that accuracy is 1.
     if args.image:
-        labels = predict(model, images).argmax(dim=1)                       # (B,)
+        labels = predict(model, images).argmax(dim=1)
     else:
         labels = torch.tensor([label for _, label, _ in PHOTOGRAPHS], device=args.device)
     titles = [os.path.basename(file) for file in files]
@@ -784,9 +781,9 @@ if __name__ == "__main__":
     # Options
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--eps", type=positive(float), default=8 / 255,
-                        help="largest change of a pixel value, for the figures and the result")
+                        help="largest change of a pixel value, for the figure and the result")
     parser.add_argument("--attack_steps", type=positive(int), default=1,
-                        help="sign steps of an attack")
+                        help="sign steps of the attack, for the figure and the result")
     parser.add_argument("--steps", type=positive(int), default=650, help="training steps")
     parser.add_argument("--batch_size", type=positive(int), default=64,
                         help="images in each batch")
@@ -808,7 +805,7 @@ if __name__ == "__main__":
         print(f"result: {result} seconds={seconds:.1f}")
         sys.exit()
 
-    # Data: images for the evaluation. Training draws new ones for every batch.
+    # Data: images for the evaluation. Training draws new ones for each batch.
     images, labels, masks = make_images(args.n_images)
     images = images.to(args.device)
     labels = labels.to(args.device)
@@ -830,11 +827,11 @@ if __name__ == "__main__":
         for step in range(args.steps):
             # get a batch
             x, y, _ = make_images(args.batch_size)
-            x = x.to(args.device)                                           # (B, 3, 32, 32)
-            y = y.to(args.device)                                           # (B,)
+            x = x.to(args.device)
+            y = y.to(args.device)
 
             # forward
-            logits = model(x)                                               # (B, 4)
+            logits = model(x)
             loss = F.cross_entropy(logits, y)
 
             # backward, update
@@ -856,24 +853,27 @@ if __name__ == "__main__":
         torch.save(saved, path)
         print(f"saved {path}")
 
-    # Evaluation
+    # Evaluation. Half of the images are attacked.
     accuracy = accuracy_of(model, images, labels)
     print(f"{args.n_images:,} new images: accuracy {accuracy:.4f}\n")
-    table = measure_pointing(model, untrained, images, labels, masks)
+    gradient, _ = calculate_jacobian(model, images, labels)
+    gradient_untrained, _ = calculate_jacobian(untrained, images, labels)
+    table = measure_pointing(gradient, gradient_untrained, images, masks)
     _, pointing = table["trained network"]
     print()
     torch.manual_seed(args.seed)            # the same random signs after training and with --load
     n_attacked = (args.n_images + 1) // 2
     x = images[:n_attacked]
     y = labels[:n_attacked]
-    measure_norms(model, x, y)
-    measure_unscaled(model, x, y)
-    compare_attacks(model, x, y, args.attack_steps)
+    gradient = gradient[:n_attacked]
+    measure_norms(gradient)
+    measure_unscaled(model, x, y, gradient)
+    compare_attacks(model, x, y, gradient)
     adversarial = adversarial_example(model, x, y, args.eps, args.attack_steps)
     accuracy_attacked = accuracy_of(model, adversarial, y)
     print()
 
-    # Figures: the first image of each class, mean saliency, and three images that are fooled
+    # Figures: the first image of each class, mean saliency, three images that fool the network
     first = []
     for c in range(len(CLASSES)):
         of_class = (y == c).nonzero().flatten().tolist()
@@ -883,9 +883,7 @@ if __name__ == "__main__":
     plot_samples(model, x[first], y[first], titles, CLASSES, path)
     path = os.path.join(args.out_dir, "saliency_mean.png")
     plot_mean_saliency(model, untrained, args.device, path)
-    was_correct = predict(model, x).argmax(dim=1) == y                      # (B,)
-    is_correct = predict(model, adversarial).argmax(dim=1) == y             # (B,)
-    fooled = was_correct & ~is_correct
+    fooled = is_correct(model, x, y) & ~is_correct(model, adversarial, y)   # (B,)
     chosen = fooled.int().argsort(descending=True, stable=True)[:3]         # True before False
     path = os.path.join(args.out_dir, "saliency_adversarial.png")
     plot_attacks(model, x[chosen], y[chosen], CLASSES, args.eps, args.attack_steps, path)

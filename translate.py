@@ -7,18 +7,19 @@ cross-attention lets each step attend to the German tokens. There are three corp
 toy       a small German grammar. The object may come first, marked by its article (den, einen).
           Training takes a minute, and since we know the right source word of every target word, we
           can measure how well each attention head finds it, and how well the gradient does.
-tatoeba   169,813 pairs of everyday sentences. What people say: "Wie geht es dir?"
+tatoeba   169,813 pairs of everyday sentences: what people say.
 multi30k  29,000 captions of photographs, a common benchmark.
 
-Trained weights for toy and multi30k are in assets/. Weights that you train yourself are saved in
+Trained weights for all three are in assets/. Weights that you train yourself are saved in
 --out_dir, and the script prefers them to those in assets/.
 
-$ python translate.py                                      # train on the toy language
-$ python translate.py --data tatoeba                       # train on everyday sentences
-$ python translate.py --test --line=7 --plot               # translate line 7, plot the attention
-$ python translate.py --test                               # exact matches, BLEU, alignment
-$ python translate.py --data multi30k --test               # BLEU on the captions' test set
-$ python translate.py --text "Ein Hund läuft im Schnee."   # any text, with the multi30k weights
+$ python translate.py --text "Wie geht es dir?"     # any text, with the weights for tatoeba
+$ python translate.py --text -                      # every line that you type
+$ python translate.py                               # train on the toy language
+$ python translate.py --test --line=7 --plot        # translate line 7, plot the attention
+$ python translate.py --test                        # exact matches, BLEU, alignment
+$ python translate.py --data tatoeba                # train on everyday sentences
+$ python translate.py --data multi30k --test        # BLEU on the captions' test set
 
 Paper: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762. Read attention.py and parity.py
 first: they explain attention, heads, LayerNorm and residual connections.
@@ -1209,7 +1210,8 @@ def translate_texts(args):
     """Translate the texts of --text, or with --text - the lines of standard input."""
     model, tokenizer = load_model(args.data, args.out_dir, args.device)
     if args.text == ["-"] and sys.stdin.isatty():
-        for line in read_stdin():       # someone is typing: answer every line at once
+        print("type German, one sentence on each line; Ctrl-D ends", file=sys.stderr)
+        for line in read_stdin():       # answer every line at once
             print(*translate(model, tokenizer, [line], args.beam), flush=True)
         return
     sentences = list(read_stdin()) if args.text == ["-"] else args.text
@@ -1243,7 +1245,7 @@ if __name__ == "__main__":
                                      epilog=f"defaults for training: {DEFAULTS}")
     not_given = argparse.SUPPRESS
     parser.add_argument("--data", default=not_given,
-                        help="toy (the default), multi30k (the default with --text), tatoeba, or a "
+                        help="toy (the default), tatoeba (the default with --text), multi30k, or a "
                              "text file with English, a tab and German on every line")
     parser.add_argument("--test", action="store_true",
                         help="do not train: score the test part")
@@ -1277,7 +1279,7 @@ if __name__ == "__main__":
     parser.add_argument("--n_dec_layers", type=positive(int), default=not_given,
                         help="decoder blocks")
     args = parse_args(parser)
-    vars(args).setdefault("data", "multi30k" if args.text else "toy")
+    vars(args).setdefault("data", "tatoeba" if args.text else "toy")
     defaults = DEFAULTS.get(args.data, DEFAULTS["tatoeba"])     # a text file has those of tatoeba
     for name, value in defaults.items():
         vars(args).setdefault(name, value)
