@@ -632,10 +632,10 @@ def _show_predictions(axes, model, images, labels, names):
 # The same two figures for photographs, with a ResNet-18 trained on ImageNet. The attributes have
 # torchvision's names, so that its weights load. With equal weights, the outputs are torchvision's.
 # The trained weights could not be downloaded so far, so these figures have not been seen.
-class ResNet18(nn.Module):
-    """(B, 3, 224, 224) -> logits (B, n_classes), with 11,689,512 parameters for 1,000 classes."""
+class ResNet(nn.Module):
+    """ResNet-18: (B, 3, 224, 224) -> logits (B, n_classes)."""
 
-    def __init__(self, n_classes=1000):
+    def __init__(self, n_classes):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -662,9 +662,14 @@ class ResNet18(nn.Module):
         return self.fc(x)
 
 
+def resnet18(num_classes=1000):
+    """As `torchvision.models.resnet18`: 11,689,512 parameters for 1,000 classes."""
+    return ResNet(num_classes)
+
+
 def load_resnet18(path):
     """ResNet-18 with torchvision's weights."""
-    model = ResNet18()
+    model = resnet18()
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(weights)
