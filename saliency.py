@@ -53,14 +53,14 @@ from attention import download, parse_args, positive
 def calculate_jacobian(model, x, target):
     """The gradient (B, 3, H, W) of the loss at the images x, and the logits (B, n_classes).
 
-    `target` (B,) are the right classes. The model and x stay as they are.
+    `target` (B,) holds the right classes. The model and x stay as they are.
     """
     x = x.detach().requires_grad_()
     logits = eval_logits(model, x)
     # Only one term of this sum depends on image i, its own loss. So the gradient of the sum with
     # respect to image i is that of its own loss, the same alone and in a batch.
     loss = cross_entropy(logits, target).sum()
-    gradient, = torch.autograd.grad(loss, x)
+    gradient = torch.autograd.grad(loss, x)[0]
     return gradient, logits.detach()
 
 
@@ -133,6 +133,7 @@ def scale_to_1(gradient):
 #     sign step            1, -1, 1            eps * (3 + 1 + 0.1)       = eps * 4.1
 #     scaled Jacobian      1, -0.33, 0.03      eps * (3 + 0.33 + 0.003)  = eps * 3.34
 #     random signs         +-1, +-1, +-1       0 on average, with standard deviation eps * 3.16
+#                                              (the variances 9, 1 and 0.01 add up to 3.16^2)
 #
 # The scaled Jacobian is eps * g / max |g|: only the largest entry of g uses all of eps. Random
 # signs show what a change of the same size does without the gradient. With L1 = sum of |g|,
@@ -140,7 +141,7 @@ def scale_to_1(gradient):
 # L2.
 #
 # If all n values of g have the same magnitude a, then L1 is n * a and L2 is only sqrt(n) * a. In
-# this best case, for n = 3,072, the sign step increases the loss by 55 = sqrt(n) times as much as
+# this best case, for n = 3,072, the sign step increases the loss sqrt(n) = 55 times as much as
 # typical random signs: many changes that are too small to see add up.
 def sign_step(x, gradient, eps):
     """Images in [0, 1], each value of x changed by eps so that the loss increases (FGSM)."""
@@ -176,9 +177,11 @@ def all_attacks(x, gradient, eps):
 # The network
 #
 # A small ResNet (He et al. 2016, https://arxiv.org/abs/1512.03385). A convolution computes each
-# output pixel from a 3 x 3 square of its input, with the same weights everywhere. BatchNorm brings
-# each channel to mean 0 and variance 1, then learns another mean and variance. A residual
-# connection adds a block's input to its output, so that gradients get through deep networks.
+# output pixel from a 3 x 3 square of its input, with the same weights everywhere. It has many
+# outputs for each pixel, the channels. With stride 2 it keeps every second row and column.
+# BatchNorm brings each channel to mean 0 and variance 1, so that its scale does not depend on the
+# layers before, and then to a learned mean and variance. A residual connection adds a block's input
+# to its output, so that gradients get through deep networks.
 class BasicBlock(nn.Module):
     """Two convolutions, residual connection: (B, c_in, H, W) -> (B, c_out, H/stride, W/stride)."""
 
@@ -265,7 +268,7 @@ def disc(u, v, radius):
 
 
 def box(u, v, half_width, half_height):
-    """Signed distance to a rectangle. Beyond a corner it is too small, which is harmless here."""
+    """Signed distance to a rectangle. Beyond a corner it is too small, but still positive."""
     return torch.maximum(u.abs() - half_width, v.abs() - half_height)
 
 
@@ -399,7 +402,7 @@ def make_images(n, upright=False):
 #   it only half of the time. Saliency shows where a *change* matters, and a change beside an edge
 #   matters as much as one on the shape: painting the slot of the screw would make it a disc.
 #   saliency_mean.png shows such places.
-# - Untrained network. It has learned nothing but beats chance. Where an image is flat, the same
+# - Untrained network. It has learned nothing, yet it beats chance. Where an image is flat, the same
 #   ReLUs are active everywhere, and the map repeats one pattern every four pixels (two convolutions
 #   with stride 2). At an edge other ReLUs are active, so the pattern changes, and the shape has the
 #   sharpest edges. The gradient is no larger there on average (1.01 times, measured with twelve
@@ -471,8 +474,8 @@ def measure_pointing(gradient, gradient_untrained, images, masks):
 # - The unscaled Jacobian, the gradient added as it is, fools the same few images at every eps. Its
 #   size does not depend on eps but on the confidence of the network, because the derivative of the
 #   loss with respect to the target's logit is p(target) - 1. Where the network is confidently
-#   right, the largest entry is usually below 1/255, the precision of an image file, and nothing
-#   happens. Where it is less confident, the entries are many times larger, and they fool it.
+#   right, the largest entry is usually below 1/255, too small to matter. Where it is less
+#   confident, the entries are many times larger, and they fool it.
 # - At eps = 2/255 it fools more images than the sign step, because it changes the images that it
 #   fools by more than 2/255.
 # - At eps = 16/255 random signs fool some images, too. They are noise three times as strong as the
@@ -783,7 +786,7 @@ def photographs(args):
 if __name__ == "__main__":
     start = time.perf_counter()
 
-    # Options
+    # options
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--eps", type=positive(float), default=8 / 255,
                         help="largest change of a pixel value, for the figure and the result")
@@ -810,13 +813,13 @@ if __name__ == "__main__":
         print(f"result: {result} seconds={seconds:.1f}")
         sys.exit()
 
-    # Data: images for the evaluation. Training draws new ones for each batch.
+    # data: images for the evaluation; training draws new ones for each batch
     images, labels, masks = make_images(args.n_images)
     images = images.to(args.device)
     labels = labels.to(args.device)
     masks = masks.to(args.device)
 
-    # Model and optimizer. The learning rate rises during the first 15 % of the steps, then falls.
+    # model and optimizer; the learning rate rises during the first 15 % of the steps, then falls;
     # channels_last is a memory layout that makes convolutions on a CPU a fifth faster.
     model = small_resnet(len(CLASSES)).to(args.device, memory_format=torch.channels_last)
     untrained = copy.deepcopy(model)
@@ -824,7 +827,7 @@ if __name__ == "__main__":
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps,
                                                     pct_start=0.15, cycle_momentum=False)
 
-    # Training loop, or trained weights
+    # training loop, or trained weights
     if args.load:
         model = load_model(args.load).to(args.device, memory_format=torch.channels_last)
     else:
@@ -845,10 +848,10 @@ if __name__ == "__main__":
             optimizer.step()
             scheduler.step()
 
-            # log; the loss of step 0 is not quite ln 4, because the first logits are not 0
+            # log; the first loss is not quite ln 4, because the initial logits are not 0
             if step == 0:
-                print(f"step 0: loss {loss:.4f}, uniform prediction ln {len(CLASSES)} = "
-                      f"{math.log(len(CLASSES)):.4f}")
+                print(f"step 0/{args.steps}: loss {loss:.4f}, "
+                      f"uniform prediction ln {len(CLASSES)} = {math.log(len(CLASSES)):.4f}")
             if (step + 1) % 50 == 0:
                 print(f"step {step + 1}/{args.steps}: loss {loss:.4f}", flush=True)
 
@@ -858,7 +861,7 @@ if __name__ == "__main__":
         torch.save(saved, path)
         print(f"saved {path}")
 
-    # Evaluation. Half of the images are attacked.
+    # evaluation; half of the images are attacked
     accuracy = accuracy_of(model, images, labels)
     print(f"{args.n_images:,} new images: accuracy {accuracy:.4f}\n")
     gradient, _ = calculate_jacobian(model, images, labels)
@@ -878,7 +881,7 @@ if __name__ == "__main__":
     accuracy_attacked = accuracy_of(model, adversarial, y)
     print()
 
-    # Figures: the first image of each class, mean saliency, three images that fool the network
+    # figures: the first image of each class, mean saliency, three images that fool the network
     first = []
     for c in range(len(CLASSES)):
         of_class = (y == c).nonzero().flatten().tolist()
