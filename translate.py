@@ -875,15 +875,21 @@ def beam_search(model, src, beam, length_penalty=1.0):
 
 
 def translate(model, tokenizer, sentences, beam):
-    """Translate a list of strings, in batches of similar length. A blank one becomes empty."""
+    """Translate a list of strings, in batches of similar length.
+
+    Blank strings become empty. So do strings that are too long, with a message on standard error.
+    """
     device = model.token_embedding.weight.device
     sentences = [normalize(sentence) for sentence in sentences]
     sources = [encode_source(tokenizer, sentence) for sentence in sentences]
-    for sentence, source in zip(sentences, sources):
-        if len(source) > model.max_len:
-            sys.exit(f"a text can have at most {model.max_len - 1} tokens, this one has "
-                     f"{len(source) - 1}: {sentence[:40]}...")
-    order = [i for i in range(len(sentences)) if sentences[i]]
+    order = []
+    for i, sentence in enumerate(sentences):
+        n_tokens = len(sources[i]) - 1                  # without EOS
+        if n_tokens >= model.max_len:
+            print(f"not translated, because a text can have at most {model.max_len - 1} tokens and "
+                  f"this one has {n_tokens}: {sentence[:40]}...", file=sys.stderr)
+        elif sentence:
+            order.append(i)
     order.sort(key=lambda i: len(sources[i]))
     translations = [""] * len(sentences)
     for start in range(0, len(order), 64):
