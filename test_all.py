@@ -75,6 +75,11 @@ def result_of(output):
     return {key: float(value) for key, value in re.findall(r"(\w+)=(\S+)", last)}
 
 
+def logged_steps(output):
+    """The numbers of the steps that a training printed."""
+    return [int(step) for step in re.findall(r"^step (\d+)/", output, flags=re.MULTILINE)]
+
+
 def wild(module, std=0.5):
     """Give a module large random weights, also biases, so no mistake hides behind a zero."""
     for p in module.parameters():
@@ -186,6 +191,7 @@ def test_the_dictionary_learns_to_compare(tmp_path):
     result = result_of(output)
     assert result["accuracy"] > 0.999
     assert result["params"] == 2 * 32 * 32
+    assert logged_steps(output) == [0, 100]
     assert (tmp_path / "attention_dictionary.png").exists()
 
 
@@ -337,8 +343,15 @@ def test_a_short_training_learns_parity(short_training):
     assert result["params"] == 2426
 
 
+def test_a_training_logs_every_50_steps_and_its_last_one(short_training):
+    *steps, last = logged_steps(short_training[1])
+    assert steps == list(range(0, last, 50))
+
+
 def test_a_training_saves_its_model_and_its_curve(short_training):
-    values, _, folder = short_training
+    values, output, folder = short_training
+    saved = torch.load(folder / "parity.pt", weights_only=True)
+    assert saved["steps"] == logged_steps(output)[-1]
     strings, _, _ = parity.one_string_per_count(4)
     model = saved_classifier(folder / "parity.pt")
     assert torch.equal(model(strings), values["model"](strings))
@@ -663,6 +676,7 @@ def test_a_short_training_counts_right_at_all_lengths(counted):
     _, values, output = counted
     assert values["scores"] == [1.0] * 5
     assert result_of(output)["accuracy_all"] == 1
+    assert logged_steps(output) == [0, 200]
 
 
 def test_each_query_attends_to_its_own_digit(counted):
