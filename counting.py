@@ -309,11 +309,11 @@ def compare(args, digits, n_seeds=3):
 # 1s. The output is w * value(0) + (1 - w) * value(1) plus the query, which is constant, so every
 # logit is a linear function of w. Its slope is the same under both queries, because they share
 # `value` and `out`. Now let the number of 0s grow. Under *both* queries w grows, because every 0
-# adds the same positive number to the 0s' share of the softmax. As w grows, another logit can
-# become the largest only if its slope is greater. The answer of the query for 0 goes from 0 to 10,
-# so the logits of greater counts must have greater slopes. The answer of the query for 1 goes from
-# 10 to 0, so the logits of greater counts must have smaller slopes. Both at once is impossible.
-# (Under sigmoid, the query for 1 simply gives the 0s no weight.)
+# adds the same positive term to the sum in the softmax. As w grows, another logit can become the
+# largest only if its slope is greater. The answer of the query for 0 goes from 0 to 10, so the
+# logits of greater counts must have greater slopes. The answer of the query for 1 goes from 10 to
+# 0, so the logits of greater counts must have smaller slopes. Both at once is impossible. (Under
+# sigmoid, the query for 1 simply gives the 0s no weight.)
 #
 # The model above does have LayerNorm, which bends the straight line. test_all.py uses this to
 # construct softmax parameters that count all 3^10 = 59,049 sequences. Their queries are seven times

@@ -1215,18 +1215,22 @@ def read_stdin():
 def translate_texts(args):
     """Translate the texts of --text, or with --text - the lines of standard input."""
     model, tokenizer = load_model(args.data, args.out_dir, args.device)
-    if args.text == ["-"] and sys.stdin.isatty():
+    if args.text != ["-"]:
+        groups = [args.text]
+    elif sys.stdin.isatty():
         print("type German, one sentence on each line; Ctrl-D ends", file=sys.stderr)
-        for line in read_stdin():       # answer every line at once
-            print(*translate(model, tokenizer, [line], args.beam), flush=True)
-        return
-    sentences = list(read_stdin()) if args.text == ["-"] else args.text
-    translations = translate(model, tokenizer, sentences, args.beam)
-    for n, (sentence, translation) in enumerate(zip(sentences, translations), start=1):
-        print(translation)
-        if args.plot and translation:
-            path = path_of(args.out_dir, args.data, f"_{n}.png")
-            plot_cross_attention(model, tokenizer, normalize(sentence), args.beam, path)
+        groups = ([line] for line in read_stdin())      # answer every line at once
+    else:
+        groups = [list(read_stdin())]                   # in batches, which is faster
+    n = 0
+    for sentences in groups:
+        translations = translate(model, tokenizer, sentences, args.beam)
+        for sentence, translation in zip(sentences, translations):
+            n += 1
+            print(translation, flush=True)
+            if args.plot and translation:
+                path = path_of(args.out_dir, args.data, f"_{n}.png")
+                plot_cross_attention(model, tokenizer, normalize(sentence), args.beam, path)
 
 
 if __name__ == "__main__":
