@@ -157,8 +157,8 @@ def plot_attention(weights, x_labels, y_labels, path, titles=None, x_name="key",
                    marks=None):
     """Save heatmaps of attention weights (T_q, T_k) or (n_panels, T_q, T_k) on one color scale.
 
-    `x_labels` are the keys, `y_labels` the queries: one list, or a list for each panel. Cells where
-    `marks`, a boolean tensor like `weights`, is True get a dot.
+    `x_labels` are the keys. `y_labels` are the queries, one list or a list for each panel. Cells
+    where `marks`, a boolean tensor like `weights`, is True get a dot.
     """
     T_q, T_k = weights.shape[-2:]
     panels = weights.detach().float().cpu().reshape(-1, T_q, T_k)          # (n_panels, T_q, T_k)
@@ -210,7 +210,7 @@ def parse_args(parser):
                         default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out_dir", default="out", help="folder for figures and weights")
     args = parser.parse_args()
-    # a character that the console does not have must not end a training
+    # a character that the console does not have must not end a training run
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     if args.device != "cpu" and not getattr(torch, args.device).is_available():

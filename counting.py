@@ -12,7 +12,7 @@ d. With softmax it would be a mean, which depends on the fraction of d, but not 
 
 $ python counting.py                                     # train, count, plot the attention weights
 $ python counting.py --sequence "1 0 2 1 0 1 1 0 1 2"    # count this with the saved model
-$ python counting.py --activation softmax                # the same with softmax
+$ python counting.py --activation softmax                # train and count with softmax instead
 $ python counting.py --compare                           # both, trained at one and at all lengths
 
 Ramapuram et al. 2024, "Theory, Analysis, and Best Practices for Sigmoid Self-Attention",
@@ -35,9 +35,9 @@ from attention import attention, parse_args, plot_attention, positive
 # --------------------------------------------------------------------------------------------------
 # The model
 #
-# B sequences of T digits, out of V different ones. L is the maximum length, and so the maximum
-# count. For each digit the model outputs L + 1 logits, one for each count 0 ... L, and the largest
-# logit is its answer.
+# The input is B sequences of T digits, out of V different ones. L is the maximum length, and so the
+# maximum count. For each digit the model outputs L + 1 logits, one for each count 0 ... L, and the
+# largest logit is its answer.
 #
 # Keys and values are linear maps of the one-hot digits. The queries are parameters, because the
 # questions are always the same: how many 0s, how many 1s, ...? After attention, the query is added
@@ -174,7 +174,8 @@ def train(args, activation, all_lengths=True, verbose=False):
 # As the count grows, this vector moves along a straight line in equal steps. LayerNorm subtracts
 # from each vector the mean of its numbers, which keeps the line straight, and divides by their
 # standard deviation. Then the mean of the squares is 1, so all vectors are sqrt(hidden) long
-# (before its scale and bias). They are points on a sphere, at these angles to the first one:
+# (before LayerNorm's learned scale and bias). They are points on a sphere, at these angles to the
+# first one:
 #     count     0    1    2    3    4    5    6    7    8    9   10
 #     angle     0    7   18   36   64   92  111  122  129  134  137
 # The steps are no longer equal, but no two points coincide, and that is enough for a linear layer.

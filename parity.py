@@ -255,7 +255,7 @@ def hidden_units(x, w, b):
 def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
     """Find w, b (n,) and a (n+1,) such that f = hidden_units(x, w, b) @ a is near the targets (P,).
 
-    x (P,) lies in [-1, 1], the targets are -1 or 1. Only w and b have to be searched: f is linear
+    x (P,) lies in [-1, 1], and the targets are -1 or 1. Only w and b need a search: f is linear
     in a (its last number is k), so the best a is a least squares problem.
     """
     # Many random starts: units from gentle to steep, in both directions, that bend in [-2, 2].
@@ -578,7 +578,8 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=positive(int), default=800,
                         help="strings in each step")
     parser.add_argument("--sweep", action="store_true",
-                        help="find the smallest networks for length 10 instead; uses only --seed")
+                        help="find the smallest networks for length 10 instead; of the other "
+                             "options, uses only --seed and --out_dir")
     args = parse_args(parser)
     if args.n_samples < 2:
         sys.exit("--n_samples 1: at least 2 are needed, one to train on and one to validate")

@@ -257,7 +257,7 @@ def load_model(path):
 #     the outline of a           |a| - w / 2   negative within w / 2 of the edge
 #
 # To move, rotate or enlarge a shape, keep its formula and change the coordinates. Each shape below
-# is upright, has its center at u = v = 0, and fits into a circle of radius 1. All functions draw n
+# is upright, has its center at u = v = 0, and reaches at most 1.2 from there. All functions draw n
 # images at once, so a random number for each is a tensor (n, 1, 1).
 SIZE = 32
 
@@ -632,9 +632,10 @@ def _show_predictions(axes, model, images, labels, names):
 # --------------------------------------------------------------------------------------------------
 # Appendix (skip it on a first reading): photographs and ResNet-18
 #
-# The same two figures for photographs, with a ResNet-18 trained on ImageNet. The attributes have
-# torchvision's names, so that its weights load. With equal weights, the outputs are torchvision's.
-# The trained weights could not be downloaded so far, so these figures have not been seen.
+# This draws the samples and the adversarial examples for photographs, with a ResNet-18 trained on
+# ImageNet. The attributes have torchvision's names, so that its weights load. With equal weights,
+# the outputs are torchvision's. The trained weights could not be downloaded so far, so these
+# figures have not been seen.
 class ResNet(nn.Module):
     """ResNet-18: (B, 3, 224, 224) -> logits (B, n_classes)."""
 
@@ -745,7 +746,7 @@ PHOTOGRAPHS = [  # file, class, SHA-256
 
 
 def photographs(args):
-    """Draw both figures for args.image, or else for PHOTOGRAPHS. Return the results as text."""
+    """Draw two figures for args.image, or else for PHOTOGRAPHS. Return the results as text."""
     files = args.image
     if not files:
         files = []

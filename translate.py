@@ -5,7 +5,7 @@ The encoder reads the German sentence. The decoder writes the English one, token
 cross-attention lets each step attend to the German tokens. There are three corpora:
 
 toy       a small German grammar. The object may come first, marked by its article (den, einen).
-          Training takes a minute, and since we know the right source word of every target word, we
+          Training takes half a minute. We know the right source word of every target word, so we
           can measure how well each attention head finds it, and how well the gradient does.
 tatoeba   169,813 pairs of everyday sentences: what people say.
 multi30k  29,000 captions of photographs, a common benchmark.
@@ -269,7 +269,7 @@ class TransformerModel(nn.Module):
 # has exactly one translation. This lets us count any other translation as wrong, and we know the
 # German words of every English word.
 
-N_TOY_LINES = 209_773       # for --line: as many as the corpus of the exercise has
+N_TOY_LINES = 209_773       # for --line: as many as the corpus of the exercise sheet has
 N_TOY_TRAINING_LINES = 100_000
 
 NOUNS = {  # German, gender, English
@@ -487,8 +487,9 @@ def normalize(text):
 
 
 def fold(german):
-    """German as the encoder reads it: in lower case, with ae, oe, ue and ss for ä, ö, ü and ß.
+    """German in lower case, with ae, oe, ue and ss for ä, ö, ü and ß.
 
+    So the encoder reads it, except for multi30k.
     People also type "MÄDCHEN" or "maedchen" for "Mädchen". Folded, these are the same tokens.
     """
     german = german.casefold()      # also turns "ß" into "ss"
@@ -1265,7 +1266,7 @@ if __name__ == "__main__":
     mode.add_argument("--text", nargs="+",
                       help="do not train: translate these texts; - reads lines from stdin")
     mode.add_argument("--resume", action="store_true",
-                      help="continue an interrupted training")
+                      help="continue an interrupted training run")
     parser.add_argument("--plot", action="store_true",
                         help="with --line or --text: plot the cross-attention")
     parser.add_argument("--beam", type=positive(int), default=5,
@@ -1380,7 +1381,7 @@ if __name__ == "__main__":
     # training loop
     net = model
     if world_size > 1:
-        net = nn.parallel.DistributedDataParallel(model)    # the same weights
+        net = nn.parallel.DistributedDataParallel(model)    # shares its weights
     log_every = max(1, args.steps // 20)
     batches = make_batches(examples, args.batch_tokens, args.seed)
     batches = itertools.islice(batches, first_step, None)   # a resumed run skips the old batches
