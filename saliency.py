@@ -472,10 +472,11 @@ def measure_pointing(gradient, gradient_untrained, images, masks):
 # Three results need an explanation:
 #
 # - The unscaled Jacobian, the gradient added as it is, fools the same few images at every eps. Its
-#   size does not depend on eps but on the confidence of the network, because the derivative of the
-#   loss with respect to the target's logit is p(target) - 1. Where the network is confidently
-#   right, the largest entry is usually below 1/255, too small to matter. Where it is less
-#   confident, the entries are many times larger, and they fool it.
+#   size does not depend on eps but on the confidence of the network: the loss is log(1 + e^z) (see
+#   cross_entropy), and its derivative with respect to z is e^z / (1 + e^z) = 1 - p(target), a
+#   factor of every entry. Where the network is confidently right, the largest entry is usually
+#   below 1/255, too small to matter. Where it is less confident, the entries are many times larger,
+#   and they fool it.
 # - At eps = 2/255 it fools more images than the sign step, because it changes the images that it
 #   fools by more than 2/255.
 # - At eps = 16/255 random signs fool some images, too. They are noise three times as strong as the
