@@ -253,8 +253,8 @@ def download(url, path, sha256):
 #
 # The formula keeps all T x T weights for the backward pass. F.scaled_dot_product_attention computes
 # them block by block, keeps only the output and one number for each query, and computes the weights
-# again in the backward pass. (All this is one function for the processor: a fused kernel.) So it
-# cannot return them, but our heatmaps need them.
+# again in the backward pass. (All this is one function for the processor: a fused kernel.) It never
+# has all weights at once, so it cannot return them, but our heatmaps need them.
 def explicit(q, k, v):
     """The output of `attention` alone, which is what the fused kernel returns."""
     output, _ = attention(q, k, v)

@@ -7,7 +7,7 @@ find the smallest one that can.
 
 Parity looks trivial, but it is hard to learn. Flipping any single bit flips the label, so nine bits
 say nothing about the label without the tenth. The loss stays at that of a coin flip for a hundred
-steps, and then drops to zero within another hundred or two.
+steps, and then falls to almost zero within another hundred or two, with some peaks.
 
 The model has no position embeddings (it is not told where a bit stands), so it sees only the
 fraction of ones; the comment at the classifier says why. To it, the 1,024 strings of length 10 are
@@ -45,7 +45,7 @@ class SelfAttention(nn.Module):
     """One attention head, (B, T, d_model) -> (B, T, d_model) (section 3.2.1 of the paper).
 
     Query, key and value are linear maps of the same x, so each token attends to all tokens of its
-    own string, and to itself.
+    own string, including itself.
     """
 
     def __init__(self, d_model, d_key):
@@ -210,10 +210,10 @@ def plot_curve(losses, accuracies, path):
 #     f(c) = logit(odd) - logit(even) = k + a_1 SiLU(w_1 c + b_1) + ... + a_n SiLU(w_n c + b_n)
 #
 # The answer is "odd" where f(c) > 0. To get all strings of length 10 right, f has to change sign 10
-# times, between any two neighbors in 0, 1, ..., 10. How often can a sum of n units change sign? A
-# ReLU is a straight line with one kink, so n of them form n + 1 straight pieces, with at most n + 1
-# sign changes. SiLU has a curve instead of the kink: it dips below zero before it rises. Two units
-# that bend in nearly the same place can cancel everywhere else and leave a small wave there, which
+# times, between any two neighbors in 0, 1, ..., 10. How often can such a sum change sign? A ReLU is
+# a straight line with one kink, so n of them form n + 1 straight pieces, with at most n + 1 sign
+# changes. SiLU has a curve instead of the kink: it dips below zero before it rises. Two units that
+# bend in nearly the same place can cancel everywhere else and leave a small wave there, which
 # allows a few more sign changes:
 #
 #     width    parameters    sign changes    strings right
@@ -222,15 +222,15 @@ def plot_curve(losses, accuracies, path):
 #         3            32               9            1,023    the best found
 #         4            46              10            1,024
 #
-# The second row is a theorem, proved in assets/proof_20.md: two units change sign at most 5 times,
-# and then at most 968 strings are right, 0.945 of all. Width 1 does not work, and all others have
-# at least 32 parameters, so 32 is the smallest number that passes 0.95. Whether 32 can get all
+# The second row is a theorem, proved in assets/proof_20.md: with two units f changes sign at most 5
+# times, and then at most 968 strings are right, 0.945 of all. Width 1 does not work, and all others
+# have at least 32 parameters, so 32 is the smallest number that passes 0.95. Whether 32 can get all
 # strings right is not known.
 #
 # The search below finds the networks in NETWORKS: width, number of blocks, and the numbers of ones
-# that it may get wrong. With 5 sign changes at least three numbers are wrong, because to give one
-# up saves at most two changes. 0, 2 and 9 cost least: they stand for only 1 + 45 + 10 strings.
-# Width 3 may miss 1111111111.
+# that it may get wrong. With 5 sign changes at least three numbers are wrong, because giving one up
+# saves at most two changes. 0, 2 and 9 cost least: they stand for only 1 + 45 + 10 strings. Width 3
+# may miss 1111111111.
 NETWORKS = [
     (2, 0, [0, 2, 9]),
     (3, 0, [10]),
@@ -309,9 +309,11 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
 # With one block, width 2 is enough, because a block can fold the line of counts at its middle:
 # tokens of the majority become +1 and the others -1. With 7 ones and 3 zeros, the ones become +1
 # and the zeros -1. With 3 ones and 7 zeros it is the other way around. The mean is 0.4 both times,
-# in general |1 - 2c/T|. So c and T - c fall on the same point. That costs nothing, because for even
-# T both are odd or both are even. For T = 10 six points are left, with 5 sign changes, which two
-# hidden units can make. This is what depth does here: one fold halves the number of sign changes.
+# in general |1 - 2c/T|. (With 5 of each there is no majority: the ones stay at -0.69, the zeros at
+# 0.69, and the mean is 0.) So c and T - c fall on the same point. That costs nothing, because for
+# even T both are odd or both are even. For T = 10 six points are left, with 5 sign changes, which
+# two hidden units can make. This is what depth does here: one fold halves the number of sign
+# changes.
 #
 # The block is set by hand. All vectors are e (1, -1) with some number e. Take 7 zeros and 3 ones:
 #

@@ -821,7 +821,7 @@ if __name__ == "__main__":
     labels = labels.to(args.device)
     masks = masks.to(args.device)
 
-    # model and optimizer; the learning rate rises during the first 15 % of the steps, then falls;
+    # model and optimizer; the learning rate rises during the first 15% of the steps, then falls;
     # channels_last is a memory layout that makes convolutions on a CPU a fifth faster.
     model = small_resnet(len(CLASSES)).to(args.device, memory_format=torch.channels_last)
     untrained = copy.deepcopy(model)
