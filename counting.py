@@ -41,9 +41,9 @@ from attention import attention, parse_args, plot_attention, positive
 #
 # Keys and values are linear maps of the one-hot digits. The queries are parameters, because the
 # questions are always the same: how many 0s, how many 1s, ...? After attention, the query is added
-# to the output and LayerNorm follows, as in a Transformer block. The queries start short, so all
-# scores are near 0, and no query prefers a wrong digit from the start. (The appendix shows why this
-# matters for softmax.)
+# to the output and LayerNorm follows, as in a Transformer block. The queries start with small
+# numbers, so all scores are near 0, and no query strongly prefers a digit. (The appendix shows why
+# this matters for softmax.)
 class CountingModel(nn.Module):
     """One-hot digits (B, T, V) -> logits of the counts (B, V, L+1) and the weights (B, V, T).
 
@@ -116,8 +116,8 @@ def train(args, activation, all_lengths=True, verbose=False):
     # model and optimizer
     model = CountingModel(V, L, args.hidden, activation).to(args.device)
     # Sometimes all scores of a query become so negative that its sigmoids are almost 0. Then there
-    # is hardly any gradient, and its digit is never counted. Weight decay on the key layer shrinks
-    # the scores until the gradient returns.
+    # is hardly any gradient, and its digit is never counted. Weight decay on the key layer pulls
+    # its parameters toward 0, which shrinks the scores until the gradient returns.
     others = [p for name, p in model.named_parameters() if not name.startswith("key.")]
     groups = [{"params": model.key.parameters(), "weight_decay": 1e-3}, {"params": others}]
     optimizer = torch.optim.Adam(groups, args.lr)
@@ -177,14 +177,15 @@ def train(args, activation, all_lengths=True, verbose=False):
 # from each vector the mean of its numbers, which keeps the line straight, and divides by their
 # standard deviation. Then the mean of the squares is 1, so all vectors are sqrt(hidden) long
 # (before LayerNorm's learned scale and bias). They are points on a sphere, at these angles to the
-# first one:
+# vector of count 0 (default run, the other digits are 1s):
 #     count     0    1    2    3    4    5    6    7    8    9   10
 #     angle     0    7   19   39   70   98  116  127  133  137  140
 # The steps are no longer equal, but no two points coincide, and that is enough for a linear layer.
 # Let each row of `out` point at the vector of one count, all rows equally long. Then the row of the
-# true count has the largest dot product with the vector, so its logit is the largest. (All queries
-# share `out`. If their arcs lie in orthogonal planes, each row can be the sum of the three vectors
-# of its count.)
+# true count has the largest dot product with the vector, so its logit is the largest. Long rows
+# make the difference to the other logits clear. (LayerNorm's scale and bias change nothing about
+# this, because `out` can undo them. All queries share `out`. If their arcs lie in orthogonal
+# planes, each row can be the sum of the three vectors of its count.)
 #
 # This is also why the query is added: without it, count * weight * value(0) would have the same
 # direction for every count above 0, and LayerNorm would make all these vectors equal.
@@ -255,15 +256,17 @@ def load(path, sizes):
 # --------------------------------------------------------------------------------------------------
 # Sigmoid or softmax?
 #
-# No softmax layer counts right at every length. Write a sequence twice in a row. Every count
-# doubles, but every weighted mean stays the same, and the rest of the model sees nothing else. So
-# it gives both sequences the same answer, and at least one of the two answers is wrong.
+# With softmax, this model cannot count right at every length. Write a sequence twice in a row.
+# Every count doubles, but every weighted mean stays the same, because each digit occurs twice with
+# half the weight. The rest of the model sees nothing else. So it gives both sequences the same
+# answer, and at least one of the two answers is wrong.
 #
 # What does it learn then, trained at all lengths? Its queries attend to the right digits, but it
 # has one answer for each fraction of 0s. If half of the digits are 0s, length 10 asks for 5, and
-# length 4 asks for 2. Training finds a compromise, about 6 times the fraction. (With --activation
-# softmax, "0 1", "0 0 0 1 1 1" and "0 0 0 0 0 1 1 1 1 1" all get the counts 3 3 0.) Near length 6
-# this is right, so many sequences of lengths 5 to 7 come out right, and no others.
+# length 4 asks for 2. Training settles on a compromise, about 6 times the fraction, although more
+# than half of the training sequences have length 10. (With --activation softmax, "0 1", "0 0 0 1 1
+# 1" and "0 0 0 0 0 1 1 1 1 1" all get the counts 3 3 0.) Near length 6 this is right, so many
+# sequences of lengths 5 to 7 come out right, and no others.
 #
 # Trained at length 10 only, softmax can count by fractions, because 0.3 always means 3. Even that
 # is not obvious (see the appendix).
@@ -309,26 +312,30 @@ def compare(args, digits, n_seeds=3):
 # --------------------------------------------------------------------------------------------------
 # Appendix (skip it on a first reading): what softmax needs to count at a single length
 #
-# First, LayerNorm. Claim: without it, no choice of parameters counts all sequences of length 10.
-# Proof: take sequences of 0s and 1s only, and let w be the total weight of the 0s, so that 1 - w is
-# that of the 1s. The output is w * value(0) + (1 - w) * value(1) plus the query, which is constant,
-# so every logit is a linear function of w. Its slope is the same under both queries, because they
-# share `value` and `out`. Now let the number of 0s grow. Under *both* queries w grows, because
-# every 0 adds the same positive term to the sum in the softmax. As w grows, another logit can
-# become the largest only if its slope is greater. The answer of the query for 0 goes from 0 to 10,
-# so the logits of greater counts must have greater slopes. The answer of the query for 1 goes from
-# 10 to 0, so the logits of greater counts must have smaller slopes. Both at once is impossible.
-# (Under sigmoid, the query for 1 simply gives the 0s no weight.)
+# First, LayerNorm. Claim: without it, softmax cannot even count sequences of equal digits. Proof:
+# if all ten digits are 0s, every weighted mean is value(0), whatever the weights are. If all are
+# 1s, it is value(1). The query is added, so `out` sees four vectors and has to give these answers:
 #
-# LayerNorm bends the straight line, so with it the proof does not hold. test_all.py constructs
-# softmax parameters that count all 3^10 = 59,049 sequences, and training gets 99.9% of them right
-# (--compare).
+#                                    query[0]    query[1]
+#     ten 0s: value(0) plus the          10           0
+#     ten 1s: value(1) plus the           0          10
 #
-# Second, queries that start short. The scores are dot products with the queries, so long queries
-# make larger scores that change faster. With 1 instead of 0.3 in CountingModel, queries settle on
-# wrong digits: with seed 0, the query for 1 gives a 0 a weight of 0.95 and a 1 almost none. Then
-# only 2.1% of the sequences are right. It is the scores that matter: if only they are scaled by
-# 0.3, and the long query is added to the output as before, 99.99% are right.
+# For each of the four, take the logit of 10 minus the logit of 0. The two on the diagonal must be
+# positive, and the other two negative. But `out` is linear, so both pairs have the same sum,
+# because each of them adds up value(0), value(1), query[0] and query[1]. This is XOR: is the digit
+# that is there the one that is asked for? A linear layer cannot tell. (Under sigmoid, the query for
+# 1 simply gives the 0s no weight.)
+#
+# LayerNorm is not linear, so with it the proof does not hold. If a query points in the direction of
+# the value of its digit, their sum gets longer as the count grows. LayerNorm divides by the length,
+# so any other part of the query shrinks, and this tells the counts apart. test_all.py constructs
+# such parameters, which count all 3^10 = 59,049 sequences. Training gets 99.9% right (--compare).
+#
+# Second, short queries. The scores are dot products with the queries, so long queries make larger
+# scores that change faster in training. With 1.0 instead of 0.3 in CountingModel, queries settle on
+# wrong digits: with seed 0, the query for 1 gives the 0 in "0 1 2" a weight of 0.95 and the 1
+# almost none. Then only 2.1% of the sequences are right. It is the scores that matter: if they
+# alone are scaled by 0.3, and the query that is added to the output stays long, 99.99% are right.
 
 
 if __name__ == "__main__":
