@@ -9,10 +9,11 @@ Parity looks trivial, but it is hard to learn. Flipping any single bit flips the
 say nothing about the label without the tenth. The loss stays at that of a coin flip for a hundred
 steps, and then falls to almost zero within another hundred or two, with some peaks.
 
-The model has no position embeddings (it is not told where a bit stands), so it sees only the
-fraction of ones; the comment at the classifier says why. To it, the 1,024 strings of length 10 are
-just 11 different inputs. So 11 strings are enough to compute the accuracy on all 1,024, and
-validation proves little: nearly every validation string is a training string in another order.
+The model has no position embeddings (it is not told where a bit stands) and only computes means, so
+it sees only the fraction of ones; the comment at the classifier says why. To it, the 1,024 strings
+of length 10 are just 11 different inputs. So 11 strings are enough to compute the accuracy on all
+1,024, and validation proves little: nearly every validation string is a training string in another
+order.
 
 $ python parity.py                # 2 blocks, width 8, 2,426 parameters
 $ python parity.py --d_model 16
@@ -116,8 +117,8 @@ class TransformerBlock(nn.Module):
 # - Attention treats the tokens as a set: swapping two tokens swaps their outputs and changes
 #   nothing else. The rest of a block works on each token separately, and the mean over all tokens
 #   at the end is the same after the swap. So only the numbers of ones and zeros can matter.
-# - Attention returns weighted means, and the end is a mean, too. Writing a string twice doubles
-#   both numbers and changes no mean. So only the fraction of ones can matter.
+# - Attention returns weighted means, and the end is a mean, too. Writing a string n times
+#   multiplies both numbers by n and changes no mean. So only the fraction of ones can matter.
 # It follows that no model of this kind computes parity for all lengths: a string written twice gets
 # the same logits, but its number of ones is always even.
 class TransformerClassifier(nn.Module):
@@ -213,19 +214,20 @@ def plot_curve(losses, accuracies, path):
 # times, between any two neighbors in 0, 1, ..., 10. How often can such a sum change sign? A ReLU is
 # a straight line with one kink, so n of them form n + 1 straight pieces, with at most n + 1 sign
 # changes. SiLU has a curve instead of the kink: it dips below zero before it rises. Two units that
-# bend in nearly the same place can cancel everywhere else and leave a small wave there, which
-# allows a few more sign changes:
+# bend in nearly the same place can add up to a straight line on either side, with a wave in
+# between. So SiLUs can change sign more often than ReLUs:
 #
 #     width    parameters    sign changes    strings right
-#         1            10               0              512    LayerNorm returns its bias only
+#         1            10               0              512    all strings look alike
 #         2            20               5              968    no more is possible
 #         3            32               9            1,023    the best found
 #         4            46              10            1,024
 #
 # The second row is a theorem, proved in assets/proof_20.md: with two units f changes sign at most 5
-# times, and then at most 968 strings are right, 0.945 of all. Width 1 does not work, and all others
-# have at least 32 parameters, so 32 is the smallest number that passes 0.95. Whether 32 can get all
-# strings right is not known.
+# times, and then at most 968 strings are right, 0.945 of all. At width 1, LayerNorm subtracts from
+# a number its mean, the number itself, so all strings look alike. All other networks have at least
+# 32 parameters, so 32 is the smallest number that passes 0.95. Whether 32 can get all strings right
+# is not known.
 #
 # The search below finds the networks in NETWORKS: width, number of blocks, and the numbers of ones
 # that it may get wrong. With 5 sign changes at least three numbers are wrong, because giving one up
@@ -327,7 +329,8 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
 #     MLP          Its hidden units are SiLU(z) and SiLU(-z) with z = 8 LayerNorm(e), which is large
 #                  enough for their sum to be nearly |z|. Without the push the sum is 5.46, with it
 #                  5.98 for a 0 and 4.76 for a 1. The MLP adds five times the difference to e, which
-#                  becomes 2.6 for a 0 and -3.5 for a 1.
+#                  becomes 2.6 for a 0 and -3.5 for a 1. With 7 ones and 3 zeros, every e has the
+#                  other sign and the same |z|, so now it is the ones that get the positive e.
 #     LayerNorm    2.6 becomes +1, -3.5 becomes -1.
 @torch.no_grad()
 def folding_model():
@@ -613,14 +616,17 @@ if __name__ == "__main__":
     model = TransformerClassifier(*sizes).to(args.device)
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{n_params:,} parameters, {n_train:,} strings to train on, {n_val:,} to validate")
-    # Why there is a plateau: at first the model computes a smooth function of the number of ones,
-    # which is close to a polynomial of low degree. Over all strings, parity is uncorrelated with
-    # every polynomial of degree below T, so no small change of such a function lowers the loss: the
-    # gradient is almost zero. In a small batch it is lost in noise, so by default a batch is the
-    # whole training set.
-    # Why beta2 is 0.9: when the plateau ends, the gradient grows tenfold within a few steps. Adam
-    # divides it by the root of the mean of its squares. The default beta2 of 0.999 averages over
-    # about 1,000 steps, so it lags and the update overshoots; 0.9 averages over about ten.
+    # Why there is a plateau: at first f is a smooth function of the number of ones, which is close
+    # to a polynomial of low degree. Over all strings, parity is uncorrelated with every polynomial
+    # of degree below T. (It is a sum of products of fewer than T bits. Each product leaves out a
+    # bit, and flipping that bit flips the parity but not the product, so the strings cancel in
+    # pairs.) So the best that such a function can do is f = 0, the coin flip, and the gradient is
+    # almost zero: its norm falls from 0.1 to 0.003. The noise of a batch of 64 is about 40 times
+    # as large, so by default a batch is the whole training set.
+    # Why beta2 is 0.9: when the plateau ends, the norm of the gradient grows from 0.003 to 0.9
+    # within 20 steps. Adam divides the gradient by the root of the mean of its squares. With 0.9
+    # this mean covers about ten steps and follows. The default of 0.999 would cover all steps so
+    # far. (Exercise 1 in README shows what happens then.)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.9))
     # the learning rate rises from args.lr / 25 to args.lr and then falls to almost 0
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps,
@@ -652,7 +658,7 @@ if __name__ == "__main__":
             print(f"step {step}/{args.steps}: loss {loss:.4f}, "
                   f"accuracy on all strings {accuracy:.4f}")
 
-        # backward and update
+        # backward and update; at a peak of the loss the norm of the gradient can reach 100: clip it
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

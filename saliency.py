@@ -79,7 +79,7 @@ def eval_logits(model, x):
 
 
 def cross_entropy(logits, target):
-    """The loss -log p(target) of each image, (B,). Its gradient is exact even if p is nearly 1.
+    """The loss -log p(target) of each image, (B,). Its gradient is accurate even if p is nearly 1.
 
     The gradient of F.cross_entropy contains p - 1, which float32 rounds to 0 if p is within 6e-8 of
     1. Let t be the target's logit, and S the sum of e^logit over the other classes. Then
@@ -142,7 +142,8 @@ def scale_to_1(gradient):
 #
 # If all n values of g have the same magnitude a, then L1 is n * a and L2 is only sqrt(n) * a. In
 # this best case, for n = 3,072, the sign step increases the loss sqrt(n) = 55 times as much as
-# typical random signs: many changes that are too small to see add up.
+# typical random signs: many changes that are too small to see add up. (The script measures 23,
+# because far from the shape the gradient is small.)
 def sign_step(x, gradient, eps):
     """Images in [0, 1], each value of x changed by eps so that the loss increases (FGSM)."""
     return (x + eps * gradient.sign()).clamp(0, 1)
@@ -355,7 +356,7 @@ def make_images(n, upright=False):
     images = 0.55 * images + 0.45 * (1 - bright)
     color = 0.75 * bright + 0.25 * torch.rand(n, 3, 1, 1)
 
-    # Four faint strokes of the same color, so that color does not give the shape away
+    # Four faint strokes of the same color, as a distraction
     for _ in range(4):
         center_x = uniform(n, 0, SIZE)
         center_y = uniform(n, 0, SIZE)
@@ -399,19 +400,24 @@ def make_images(n, upright=False):
 # little without a comparison:
 #
 # - Trained network. The most salient pixel is nearly always within two pixels of the shape, but on
-#   it only half of the time. Saliency shows where a *change* matters, and a change beside an edge
-#   matters as much as one on the shape: painting the slot of the screw would make it a disc.
-#   saliency_mean.png shows such places.
-# - Untrained network. It has learned nothing, yet it beats chance. Where an image is flat, the same
-#   ReLUs are active everywhere, and the map repeats one pattern every four pixels (two convolutions
-#   with stride 2). At an edge other ReLUs are active, so the pattern changes, and the shape has the
-#   sharpest edges. The gradient is no larger there on average (1.01 times, measured with twelve
-#   networks), but it varies 1.4 times as much from pixel to pixel, so its largest value is often
-#   there. A map that shows the object therefore does not prove that the network has learned
-#   anything. Compare it with the map of an untrained network (Adebayo et al. 2018, "Sanity Checks
-#   for Saliency Maps", https://arxiv.org/abs/1810.03292).
-# - Edge detector. It cannot tell the classes apart, and is always within two pixels. So pointing
-#   measures whether a map finds the object, and not whether it explains the decision.
+#   it only half of the time. Saliency shows where a *change* matters. In the gaps of a shape
+#   (inside the triangle, in the slot of the screw) it is as large as on the shape, and outside only
+#   half as large: painting the slot of the screw would make it a disc. saliency_mean.png shows such
+#   places.
+# - Middle pixel. All shapes are near the middle of the image, so this constant answer is right in
+#   93% of the images. The last column takes this into account. It compares the same maps with the
+#   shape of another image, which they should not find.
+# - Untrained network. It has learned nothing, yet it finds its own shape more often than another
+#   one. Where an image is flat, the same ReLUs are active everywhere, and the map repeats one
+#   pattern every four pixels (two blocks with stride 2). At an edge other ReLUs are active, so the
+#   pattern changes, and the shape has the sharpest edges. The gradient is no larger there on
+#   average (1.01 times, measured with twelve networks), but it varies 1.4 times as much from pixel
+#   to pixel, so its largest value is often there. A map that shows the object therefore does not
+#   prove that the network has learned anything. Compare it with the map of an untrained network
+#   (Adebayo et al. 2018, "Sanity Checks for Saliency Maps", https://arxiv.org/abs/1810.03292).
+# - Edge detector. It cannot tell the classes apart, and is always within two pixels. (It is on the
+#   shape half of the time, because an edge has two sides.) So pointing measures whether a map finds
+#   the object, and not whether it explains the decision.
 # - Random pixel: chance. The shape covers a tenth of the image, and a quarter of the image is
 #   within two pixels of it.
 @torch.no_grad()
@@ -451,18 +457,30 @@ def edge_map(images):
 
 
 def measure_pointing(gradient, gradient_untrained, images, masks):
-    """Print the table, and return it: {name: (on the shape, within two pixels)}."""
+    """Print the table, and return it.
+
+    A row is on the shape, within two pixels of it, within two pixels of another image's shape.
+    """
+    middle = torch.zeros(masks.shape, device=masks.device)
+    middle[:, SIZE // 2, SIZE // 2] = 1
+    maps = {
+        "trained network": saliency_map(gradient),
+        "untrained network": saliency_map(gradient_untrained),
+        "edge detector": edge_map(images),
+        "middle pixel": middle,
+    }
+    other_masks = masks.roll(1, dims=0)
+    table = {}
+    for name, saliency in maps.items():
+        on_shape, near_shape = pointing_of(saliency, masks)
+        _, near_other_shape = pointing_of(saliency, other_masks)
+        table[name] = (on_shape, near_shape, near_other_shape)
     chance_on_shape = masks.float().mean().item()
     chance_near_shape = within_two_pixels(masks).mean().item()
-    table = {
-        "trained network": pointing_of(saliency_map(gradient), masks),
-        "untrained network": pointing_of(saliency_map(gradient_untrained), masks),
-        "edge detector": pointing_of(edge_map(images), masks),
-        "random pixel": (chance_on_shape, chance_near_shape),
-    }
-    print("most salient pixel    on the shape    within 2 pixels")
-    for name, (on_shape, near_shape) in table.items():
-        print(f"{name:18}{on_shape:16.4f}{near_shape:19.4f}")
+    table["random pixel"] = (chance_on_shape, chance_near_shape, chance_near_shape)
+    print("most salient pixel    on the shape    within 2 pixels    of another shape")
+    for name, (on_shape, near_shape, near_other_shape) in table.items():
+        print(f"{name:18}{on_shape:16.4f}{near_shape:19.4f}{near_other_shape:20.4f}")
     return table
 
 
@@ -476,11 +494,12 @@ def measure_pointing(gradient, gradient_untrained, images, masks):
 #   cross_entropy), and its derivative with respect to z is e^z / (1 + e^z) = 1 - p(target), a
 #   factor of every entry. Where the network is confidently right, the largest entry is usually
 #   below 1/255, too small to matter. Where it is less confident, the entries are many times larger,
-#   and they fool it.
+#   and less is needed to fool it.
 # - At eps = 2/255 it fools more images than the sign step, because it changes the images that it
 #   fools by more than 2/255.
-# - At eps = 16/255 random signs fool some images, too. They are noise three times as strong as the
-#   noise in the training images (0.02, about 5/255).
+# - At eps = 16/255 random signs fool a tenth of the images, more than the scaled Jacobian. To first
+#   order the opposite signs would decrease the loss, but here they usually increase it, too. This
+#   is noise three times as strong as the noise in the training images (0.02, about 5/255).
 EPS = [2, 4, 8, 16]  # in units of 1/255
 
 
@@ -869,7 +888,7 @@ if __name__ == "__main__":
     gradient, _ = calculate_jacobian(model, images, labels)
     gradient_untrained, _ = calculate_jacobian(untrained, images, labels)
     table = measure_pointing(gradient, gradient_untrained, images, masks)
-    _, pointing = table["trained network"]
+    _, pointing, _ = table["trained network"]
     print()
     torch.manual_seed(args.seed)            # the same random signs after training and with --load
     n_attacked = (args.n_images + 1) // 2

@@ -1201,6 +1201,7 @@ def test_a_text_that_is_too_long_is_named_and_the_others_are_translated(toy_mode
     (["x y z w"], ["a b c d"], 0.0),
     (["x y z"], ["x y z"], 0.0),
     (["x b c d e"], ["a b q d e"], 23.643540),
+    (["the old king sees the cat"], ["the old king sees the dog today"], 64.318887),
     (["&quot;Hi&quot; it's 3-4, 1,000 <skipped>bags (e.g. blue/green)"],
      ['"Hi" it is 3-4, 1,000 bags (e.g. blue/green)!'], 76.438381)])
 def test_bleu_has_the_values_that_sacrebleu_prints(translations, references, expected):
@@ -1262,6 +1263,28 @@ def test_the_gradient_accuracy_is_that_of_one_word_after_the_other(toy_model):
             hits.append(norms.argmax().item() in right)
     accuracy = translate.gradient_accuracy(model, tokenizer, lines)
     assert accuracy.item() == pytest.approx(sum(hits) / len(hits))
+
+
+@pytest.mark.parametrize("block, lowest, highest", [(0, 1.0, 1.0), (1, 0.3, 0.7)])
+def test_the_last_block_translates_without_the_cross_attention_of_the_first_but_not_the_reverse(
+        block, lowest, highest):
+    model, tokenizer = translate.load_model("toy", "no_such_folder", "cpu")
+    for parameter in model.decoder[block].cross_attention.w_o.parameters():
+        parameter.zero_()
+    n_right = 0
+    n_words = 0
+    for german, english, _ in translate.toy_lines("test", 5000)[:150]:
+        src, tgt = tokens_of(tokenizer, german, english)
+        logits, _ = model(src, tgt)
+        targets = tgt[:, 1:]
+        n_right += (logits[:, :-1].argmax(dim=-1) == targets).sum().item()
+        n_words += targets.numel()
+    assert lowest <= n_right / n_words <= highest
+
+
+def test_the_article_of_an_object_that_comes_first_decides_that_of_the_subject(toy_model):
+    german = "Den klugen Lehrer hat ein König gestern besucht."
+    assert translate.translate(*toy_model, [german], 5)[0].startswith("The king")
 
 
 def test_the_alignment_needs_one_token_for_each_word(toy_model):
@@ -1344,7 +1367,7 @@ def test_the_test_part_is_scored_without_its_long_pairs(trained, pairs_file, cap
 
 @pytest.mark.parametrize("n, held_out", [
     (1, "no"), (6, "yes"),
-    (5, "yes, but its translation occurs in training, or another one is scored")])
+    (5, "yes, but it is not scored (see split_pairs)")])
 def test_a_line_says_whether_it_was_held_out(n, held_out, tmp_path):
     lines = [f"{english}\t{german}\n" for german, english in PAIRS]
     (tmp_path / "toy").write_text("".join(lines), encoding="utf-8")  # named as the toy weights
@@ -1694,6 +1717,49 @@ def test_pointing_allows_for_two_pixels():
     maps[2, 4, 7] = 1  # three pixels away
     maps[3, 1, 4] = 1
     assert saliency.pointing_of(maps, masks) == (0.25, 0.5)
+
+
+def test_pointing_is_compared_with_the_middle_pixel_and_with_the_shape_of_another_image():
+    images = torch.rand(2, 3, 32, 32)
+    masks = torch.zeros(2, 32, 32, dtype=torch.bool)
+    masks[0, 16, 16] = True
+    masks[1, 5, 5] = True
+    gradient = torch.zeros(2, 3, 32, 32)
+    gradient[0, :, 16, 16] = 1
+    gradient[1, :, 5, 7] = 1  # two pixels beside the shape
+    table = saliency.measure_pointing(gradient, gradient.flip(0), images, masks)
+    assert table["trained network"] == (0.5, 1.0, 0.0)
+    assert table["untrained network"] == (0.0, 0.0, 1.0)
+    assert table["middle pixel"] == (0.5, 0.5, 0.5)
+
+
+def test_saliency_is_as_large_in_the_gaps_of_a_shape_as_on_it_and_half_as_large_outside():
+    model = saliency.load_model(os.path.join(HERE, "assets", "saliency.pt")).eval()
+    images, labels, masks = saliency.make_images(200, upright=True)
+    gradient, _ = saliency.calculate_jacobian(model, images, labels)
+    maps = saliency.saliency_map(gradient)
+    u, v = saliency.coordinates(16.0, 16.0, torch.zeros(1))
+    distance = torch.hypot(u, v)[0]
+    gaps = {"triangle": distance < 3, "screw": (distance < 5) & (v[0].abs() < 1.5)}
+    near = saliency.within_two_pixels(masks) == 1
+    for name, gap in gaps.items():
+        of_class = labels == saliency.CLASSES.index(name)
+        on_shape = maps[of_class][masks[of_class]].mean()
+        outside = (near & ~masks & (distance > 9))[of_class]
+        assert maps[of_class][:, gap].mean() > on_shape
+        assert maps[of_class][outside].mean() < 0.7 * on_shape
+
+
+def test_strong_noise_and_its_opposite_both_increase_the_loss():
+    model = saliency.load_model(os.path.join(HERE, "assets", "saliency.pt")).eval()
+    x, y, _ = saliency.make_images(100)
+    signs = torch.randn(x.shape).sign()
+    before = saliency.cross_entropy(model(x), y)
+    increases = []
+    for step in (16 / 255 * signs, -16 / 255 * signs):
+        loss = saliency.cross_entropy(model((x + step).clamp(0, 1)), y)
+        increases.append(loss > before)
+    assert (increases[0] & increases[1]).float().mean() > 0.5
 
 
 def test_where_the_image_is_flat_the_saliency_repeats_every_four_pixels():
