@@ -10,9 +10,9 @@ For one query and three key-value pairs:
     query = 2 0 2 0                              keys = 1 0 1 0    values = 10  0
                                                         0 1 0 1              0 10
                                                         1 1 0 0              5  5
-    scores  = query . key  =  4.00 0.00 2.00     how similar is the query to each key?
+    scores  = query . key  =  4.00 0.00 2.00     similarity: 2*1 + 0*0 + 2*1 + 0*0 = 4, and so on
     scores / sqrt(4)       =  2.00 0.00 1.00     4 is the width d_k of queries and keys
-    weights = softmax      =  0.67 0.09 0.24     positive, sum to 1 (rounded here)
+    weights = softmax      =  0.67 0.09 0.24     exp / sum of exp: positive, sum to 1
     output                 =  7.88 2.12          0.67 * (10, 0) + 0.09 * (0, 10) + 0.24 * (5, 5)
 
 $ python attention.py               # this example for three queries, then a dictionary that learns
@@ -70,15 +70,16 @@ def attention_loops(queries, keys, values):
 #
 # Why divide by sqrt(d_k)? The dot product of two random vectors is a sum of d_k terms. If they are
 # independent and have variance 1, their sum has variance d_k, and dividing by sqrt(d_k) brings the
-# variance back to 1. Without the division, wide vectors have large scores, and softmax gives nearly
-# all the weight to one key. Then a small change in the scores changes almost nothing, so the
-# gradient is almost 0.
+# variance back to 1. Without the division, wide vectors have large scores, and softmax gives most
+# of the weight to one key: with 12 random keys of width 64, the largest weight is 0.86 on average,
+# with the division 0.29. Then a small change in the scores hardly changes the weights, so little
+# gradient passes through them.
 #
 # Where do q, k and v come from? From learned linear maps. In self-attention, all three are maps of
 # the same sequence x: each token (for example, a word) gets a query (what it looks for), a key
 # (what it can be found by) and a value (what it passes on). In cross-attention, q is a map of x,
 # and k and v are maps of a second sequence, called memory. In translation, x is the target sentence
-# and memory the encoded source sentence.
+# so far and memory the encoded source sentence.
 #
 # A mask says which keys a query may attend to. Padding, which makes sentences equally long, must
 # get no weight, because it is not part of the sentence. A model that predicts the next token must
@@ -123,10 +124,12 @@ def attention(q, k, v, mask=None, activation="softmax"):
 # --------------------------------------------------------------------------------------------------
 # A dictionary that learns how to compare
 #
-# Each query is one of the keys, rotated by an unknown rotation, plus noise, so the dot product of
-# query and key says nothing. Two linear maps learn to undo the rotation. Every batch has new random
-# keys, so the model cannot memorize them: it has to learn how to compare. The values are one-hot
-# vectors, so the output is equal to the weights: a probability for each key.
+# Each query is one of the keys, rotated by an unknown rotation, plus noise, so the largest dot
+# product is rarely that of the right key. Two linear maps learn to undo the rotation. (One would be
+# enough, because the scores contain only the product of their matrices. Attention usually has
+# both.) Every batch has new random keys, so the model cannot memorize them: it has to learn how to
+# compare. The values are one-hot vectors, so the output is equal to the weights: a probability for
+# each key.
 class DifferentiableDictionary(nn.Module):
     """Attention with learned maps of query (..., T_q, d_model) and key (..., T_k, d_model)."""
 
@@ -253,8 +256,8 @@ def download(url, path, sha256):
 #
 # The formula keeps all T x T weights for the backward pass. F.scaled_dot_product_attention computes
 # them block by block, keeps only the output and one number for each query, and computes the weights
-# again in the backward pass. (All this is one function for the processor: a fused kernel.) It never
-# has all weights at once, so it cannot return them, but our heatmaps need them.
+# again in the backward pass. (One compiled function does all this: a fused kernel.) It never has
+# all weights at once, so it cannot return them, but our heatmaps need them.
 def explicit(q, k, v):
     """The output of `attention` alone, which is what the fused kernel returns."""
     output, _ = attention(q, k, v)
@@ -318,8 +321,8 @@ def plot_benchmark(lengths, times, memory, path):
     for axis, values in zip(axes, (times, memory)):
         axis.loglog(lengths, values["explicit"], "o-", label="explicit")
         axis.loglog(lengths, values["fused"], "s-", label="fused")
-        # A guide line for T^2, above the longer half of the lengths. (The shorter ones follow no
-        # power of T, because every call takes some time that does not depend on T.)
+        # A guide line for T^2, above the longer half of the lengths. (The shorter ones grow more
+        # slowly: each call takes some constant time, and q / sqrt(d_k) only grows with T.)
         half = len(lengths) // 2
         long = lengths[half:]
         ratios = [y / T ** 2 for y, T in zip(values["explicit"][half:], long)]
@@ -395,7 +398,7 @@ if __name__ == "__main__":
     print(weights)
     print()
 
-    # data: an unknown rotation (QR makes one from random numbers), and one-hot values
+    # data: an unknown rotation, perhaps mirrored (QR makes one from random numbers), one-hot values
     rotation, _ = torch.linalg.qr(torch.randn(args.d_model, args.d_model))
     rotation = rotation.to(args.device)                                    # (d_model, d_model)
     value = torch.eye(args.n_keys, device=args.device)                     # (n_keys, n_keys)
@@ -424,7 +427,8 @@ if __name__ == "__main__":
         loss.backward()
         optimizer.step()
 
-        # log. The maps start out random, so the first loss is above or below ln(n_keys) by chance.
+        # log. The maps start out random, so the first loss is usually a little above ln(n_keys),
+        # but it can be below by chance.
         if step == 0:
             print(f"step 0/{args.steps}: loss {loss:.4f}, "
                   f"uniform prediction ln {args.n_keys} = {math.log(args.n_keys):.4f}")

@@ -268,6 +268,15 @@ def test_a_file_is_downloaded_once_and_then_checked(tmp_path):
         download(source.as_uri(), str(path), sha256)
 
 
+def test_without_the_division_by_sqrt_d_k_most_of_the_weight_is_on_one_key():
+    q = torch.randn(2000, 1, 64)
+    k = torch.randn(2000, 12, 64)
+    _, weights = attention(q, k, k)
+    _, weights_undivided = attention(8 * q, k, k)
+    assert weights.amax(dim=-1).mean().item() == pytest.approx(0.29, abs=0.01)
+    assert weights_undivided.amax(dim=-1).mean().item() == pytest.approx(0.86, abs=0.02)
+
+
 # --------------------------------------------------------------------------------------------------
 # parity.py
 def classifier(*sizes):
