@@ -71,9 +71,9 @@ def attention_loops(queries, keys, values):
 # Why divide by sqrt(d_k)? The dot product of two random vectors is a sum of d_k terms. If they are
 # independent and have variance 1, their sum has variance d_k, and dividing by sqrt(d_k) brings the
 # variance back to 1. Without the division, wide vectors have large scores, and softmax gives most
-# of the weight to one key: with 12 random keys of width 64, the largest weight is 0.86 on average,
-# with the division 0.29. Then a small change in the scores hardly changes the weights, so little
-# gradient passes through them.
+# of the weight to one key: with 12 random keys of width 64, the largest weight is 0.86 on average
+# (with the division 0.29). If one key has most of the weight, a small change in the scores hardly
+# changes the weights, so little gradient passes through them.
 #
 # Where do q, k and v come from? From learned linear maps. In self-attention, all three are maps of
 # the same sequence x: each token (for example, a word) gets a query (what it looks for), a key
@@ -321,8 +321,8 @@ def plot_benchmark(lengths, times, memory, path):
     for axis, values in zip(axes, (times, memory)):
         axis.loglog(lengths, values["explicit"], "o-", label="explicit")
         axis.loglog(lengths, values["fused"], "s-", label="fused")
-        # A guide line for T^2, above the longer half of the lengths. (The shorter ones grow more
-        # slowly: each call takes some constant time, and q / sqrt(d_k) only grows with T.)
+        # A guide line for T^2, above the longer half of the lengths. (Below it, the curves rise
+        # more slowly: each call takes some constant time, and q / sqrt(d_k) grows only like T.)
         half = len(lengths) // 2
         long = lengths[half:]
         ratios = [y / T ** 2 for y, T in zip(values["explicit"][half:], long)]

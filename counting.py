@@ -184,8 +184,9 @@ def train(args, activation, all_lengths=True, verbose=False):
 # Let each row of `out` point at the vector of one count, all rows equally long. Then the row of the
 # true count has the largest dot product with the vector, so its logit is the largest. Long rows
 # make the difference to the other logits clear. (LayerNorm's scale and bias change nothing about
-# this, because `out` can undo them. All queries share `out`. If their arcs lie in orthogonal
-# planes, each row can be the sum of the three vectors of its count.)
+# this, because `out` can undo them. All queries share `out`. The points of each query form an arc.
+# If the three arcs lie in orthogonal planes, each row can be the sum of the three vectors of its
+# count.)
 #
 # This is also why the query is added: without it, count * weight * value(0) would have the same
 # direction for every count above 0, and LayerNorm would make all these vectors equal.
@@ -269,7 +270,7 @@ def load(path, sizes):
 # sequences of lengths 5 to 7 come out right, and no others.
 #
 # Trained at length 10 only, softmax can count by fractions, because 0.3 always means 3. Even that
-# is not obvious (see the appendix).
+# needs LayerNorm and short queries (see the appendix).
 def compare(args, digits, n_seeds=3):
     """Train both activations at one and at all lengths and print their accuracy at each length.
 
@@ -335,7 +336,8 @@ def compare(args, digits, n_seeds=3):
 # scores that change faster in training. With 1.0 instead of 0.3 in CountingModel, queries settle on
 # wrong digits: with seed 0, the query for 1 gives the 0 in "0 1 2" a weight of 0.95 and the 1
 # almost none. Then only 2.1% of the sequences are right. It is the scores that matter: if they
-# alone are scaled by 0.3, and the query that is added to the output stays long, 99.99% are right.
+# alone are scaled by 0.3, and the query that is added to the output stays long, over 99.9% are
+# right (seeds 0 to 2).
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ Parity looks trivial, but it is hard to learn. Flipping any single bit flips the
 say nothing about the label without the tenth. The loss stays at that of a coin flip for a hundred
 steps, and then falls to almost zero within another hundred or two, with some peaks.
 
-The model has no position embeddings (it is not told where a bit stands) and only computes means, so
-it sees only the fraction of ones; the comment at the classifier says why. To it, the 1,024 strings
-of length 10 are just 11 different inputs. So 11 strings are enough to compute the accuracy on all
-1,024, and validation proves little: nearly every validation string is a training string in another
-order.
+The model has no position embeddings (it is not told where a bit stands), and its tokens meet only
+in means, so it sees only the fraction of ones; the comment at the classifier says why. To it, the
+1,024 strings of length 10 are just 11 different inputs. So 11 strings are enough to compute the
+accuracy on all 1,024, and validation proves little: nearly every validation string is a training
+string in another order.
 
 $ python parity.py                # 2 blocks, width 8, 2,426 parameters
 $ python parity.py --d_model 16
@@ -311,11 +311,10 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
 # With one block, width 2 is enough, because a block can fold the line of counts at its middle:
 # tokens of the majority become +1 and the others -1. With 7 ones and 3 zeros, the ones become +1
 # and the zeros -1. With 3 ones and 7 zeros it is the other way around. The mean is 0.4 both times,
-# in general |1 - 2c/T|. (With 5 of each there is no majority: the ones stay at -0.69, the zeros at
-# 0.69, and the mean is 0.) So c and T - c fall on the same point. That costs nothing, because for
-# even T both are odd or both are even. For T = 10 six points are left, with 5 sign changes, which
-# two hidden units can make. This is what depth does here: one fold halves the number of sign
-# changes.
+# in general |1 - 2c/T|. (With 5 of each there is no majority: ones and zeros cancel, and the mean
+# is 0.) So c and T - c fall on the same point. That costs nothing, because for even T both are odd
+# or both are even. For T = 10 six points are left, with 5 sign changes, which two hidden units can
+# make. This is what depth does here: one fold halves the number of sign changes.
 #
 # The block is set by hand. All vectors are e (1, -1) with some number e. Take 7 zeros and 3 ones:
 #
@@ -329,8 +328,8 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
 #     MLP          Its hidden units are SiLU(z) and SiLU(-z) with z = 8 LayerNorm(e), which is large
 #                  enough for their sum to be nearly |z|. Without the push the sum is 5.46, with it
 #                  5.98 for a 0 and 4.76 for a 1. The MLP adds five times the difference to e, which
-#                  becomes 2.6 for a 0 and -3.5 for a 1. With 7 ones and 3 zeros, every e has the
-#                  other sign and the same |z|, so now it is the ones that get the positive e.
+#                  becomes 2.6 for a 0 and -3.5 for a 1. With 7 ones and 3 zeros the push is
+#                  negative: now the ones have the larger |z| and become 2.6, the zeros -3.5.
 #     LayerNorm    2.6 becomes +1, -3.5 becomes -1.
 @torch.no_grad()
 def folding_model():
@@ -616,17 +615,18 @@ if __name__ == "__main__":
     model = TransformerClassifier(*sizes).to(args.device)
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{n_params:,} parameters, {n_train:,} strings to train on, {n_val:,} to validate")
-    # Why there is a plateau: at first f is a smooth function of the number of ones, which is close
-    # to a polynomial of low degree. Over all strings, parity is uncorrelated with every polynomial
-    # of degree below T. (Such a polynomial is a sum of products of fewer than T bits. Each product
-    # leaves out a bit, and flipping that bit flips the parity but not the product, so the strings
-    # cancel in pairs.) So the best that such a function can do is f = 0, the coin flip, and the
-    # gradient is almost zero: its norm falls from 0.1 to 0.003. The noise of a batch of 64 is more
-    # than 30 times as large, so by default a batch is the whole training set.
+    # Why there is a plateau: at first f = logit(odd) - logit(even) is a smooth function of the
+    # number of ones, which is close to a polynomial of low degree. Over all strings, parity is
+    # uncorrelated with every polynomial of degree below T. (Such a polynomial is a sum of products
+    # of fewer than T bits. Each product leaves out a bit, and flipping that bit flips the parity
+    # but not the product, so the strings cancel in pairs.) So the best that such a function can do
+    # is f = 0, the coin flip, and the gradient is almost zero: its norm falls from 0.1 to 0.003.
+    # The noise of a batch of 64 is more than 30 times as large, so by default a batch is the whole
+    # training set.
     # Why beta2 is 0.9: when the plateau ends, the norm of the gradient grows from 0.003 to 0.9
     # within 20 steps. Adam divides the gradient by the root of the mean of its squares. With 0.9
     # this mean covers about ten steps and follows. The default of 0.999 would cover all steps so
-    # far. (Exercise 1 in README shows what happens then.)
+    # far and lag behind. (Exercise 1 in README shows the result.)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.9))
     # the learning rate rises from args.lr / 25 to args.lr and then falls to almost 0
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps,

@@ -401,20 +401,21 @@ def make_images(n, upright=False):
 #
 # - Trained network. The most salient pixel is nearly always within two pixels of the shape, but on
 #   it only half of the time. Saliency shows where a *change* matters. In the gaps of a shape
-#   (inside the triangle, in the slot of the screw) it is as large as on the shape, and outside only
-#   half as large: painting the slot of the screw would make it a disc. saliency_mean.png shows such
-#   places.
+#   (inside the triangle, in the slot of the screw) it is as large as on the shape: painting the
+#   slot of the screw would make it a disc. Outside it is only about half as large.
+#   saliency_mean.png shows such places.
 # - Middle pixel. All shapes are near the middle of the image, so this constant answer is right in
 #   93% of the images. The last column takes this into account. It compares the same maps with the
 #   shape of another image, which they should not find.
-# - Untrained network. It has learned nothing, yet it finds its own shape more often than another
-#   one. Where an image is flat, the same ReLUs are active everywhere, and the map repeats one
-#   pattern every four pixels (two blocks with stride 2). At an edge other ReLUs are active, so the
-#   pattern changes, and the shape has the sharpest edges. The gradient is no larger there on
-#   average (1.01 times, measured with twelve networks), but it varies 1.4 times as much from pixel
-#   to pixel, so its largest value is often there. A map that shows the object therefore does not
-#   prove that the network has learned anything. Compare it with the map of an untrained network
-#   (Adebayo et al. 2018, "Sanity Checks for Saliency Maps", https://arxiv.org/abs/1810.03292).
+# - Untrained network. It has learned nothing, yet it finds the shape in its image more often than
+#   that of another image. Where an image is flat, the same ReLUs are active everywhere, and the map
+#   repeats one pattern every four pixels (two blocks with stride 2). At an edge other ReLUs are
+#   active, so the pattern changes, and the shape has the sharpest edges. The gradient is no larger
+#   there on average (1.01 times, measured with twelve networks), but it varies 1.4 times as much
+#   from pixel to pixel, so its largest value is often there. A map that shows the object therefore
+#   does not prove that the network has learned anything. Compare it with the map of an untrained
+#   network (Adebayo et al. 2018, "Sanity Checks for Saliency Maps",
+#   https://arxiv.org/abs/1810.03292).
 # - Edge detector. It cannot tell the classes apart, and is always within two pixels. (It is on the
 #   shape half of the time, because an edge has two sides.) So pointing measures whether a map finds
 #   the object, and not whether it explains the decision.
@@ -457,9 +458,9 @@ def edge_map(images):
 
 
 def measure_pointing(gradient, gradient_untrained, images, masks):
-    """Print the table, and return it.
+    """Print the table, and return it as a dict of rows.
 
-    A row is on the shape, within two pixels of it, within two pixels of another image's shape.
+    The columns: on the shape, within two pixels of it, within two pixels of another image's shape.
     """
     middle = torch.zeros(masks.shape, device=masks.device)
     middle[:, SIZE // 2, SIZE // 2] = 1
@@ -498,8 +499,9 @@ def measure_pointing(gradient, gradient_untrained, images, masks):
 # - At eps = 2/255 it fools more images than the sign step, because it changes the images that it
 #   fools by more than 2/255.
 # - At eps = 16/255 random signs fool a tenth of the images, more than the scaled Jacobian. To first
-#   order the opposite signs would decrease the loss, but here they usually increase it, too. This
-#   is noise three times as strong as the noise in the training images (0.02, about 5/255).
+#   order the opposite signs would decrease the loss, but here they usually increase it, too. So the
+#   loss is far from linear: this noise is three times as strong as that in the training images
+#   (0.02, about 5/255).
 EPS = [2, 4, 8, 16]  # in units of 1/255
 
 

@@ -589,7 +589,8 @@ def load_pairs(data, part):
 #     hu nd       hu nd e       hu n g e r      h a nd      b u nd     2. h + u    (3 times)
 #     hund        hund e        hu n g e r      h a nd      b u nd     3. hu + nd  (2 times)
 #
-# (u + n is as frequent as n + d, and later u + nd as h + u. Of a tie, the smaller pair is merged.)
+# (u + n is as frequent as n + d, and later u + nd as h + u. In a tie, the pair with the smaller
+# numbers is merged.)
 
 WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")  # a word with the space before it; merges stay inside
 FIRST_BYTE = EOS + 1                        # tokens: PAD, BOS, EOS, 256 bytes, then the merges
@@ -920,8 +921,8 @@ def translate(model, tokenizer, sentences, beam):
 #     reference      the old king sees the dog today
 #     translation    the old king sees the cat
 #
-# The precisions are 5/6, 4/5, 3/4 and 2/3, with the geometric mean 0.76. Six words for seven have
-# the penalty exp(1 - 7/6) = 0.85, so BLEU is 64.3.
+# The precisions are 5/6, 4/5, 3/4 and 2/3, with the geometric mean 0.76. Six words instead of seven
+# cost a factor of exp(1 - 7/6) = 0.85, so BLEU is 64.3.
 def bleu_words(text):
     """Split a text into words and punctuation marks as mteval-v13a, the standard script, does."""
     text = text.replace("<skipped>", "").replace("&quot;", '"')
@@ -977,11 +978,12 @@ def bleu(translations, references):
 # A head may look up the word that comes next, or the word that was just written. So we score two
 # rows for each word: the one that *produces* it (as output) and the next one, which *consumes* it
 # (as input; Chen et al. 2020, https://arxiv.org/abs/2004.14837). After training, the rows of the
-# last block attend to the source of the word that they produce, because they have to output it: the
+# last block attend to the source of the word that they produce, which is the word to output: the
 # best head is right for 96% of the words, the gradient for 95%, the diagonal for 62%, chance for
-# 13% (--test). It is this block that translates: with the cross-attention of the first block set to
-# 0, the model still predicts every word of 150 sentences, with that of the last block only half of
-# them. (Chen et al. find on real languages that rows which consume a word are the better ones.)
+# 13% (--test). It is this block that translates. With the cross-attention of the first block set to
+# 0, the model still predicts every word of 150 sentences. Without that of the last block, it
+# predicts about half of them. (Chen et al. find on real languages that rows which consume a word
+# are the better ones.)
 def right_words(alignment, n_source_words):
     """(T, S) booleans: True where source word s is right for target word t."""
     right = torch.zeros(len(alignment), n_source_words, dtype=torch.bool)
