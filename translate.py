@@ -490,7 +490,6 @@ def normalize(text):
 def fold(german):
     """German in lower case, with ae, oe, ue and ss for ä, ö, ü and ß.
 
-    So the encoder reads it, except for multi30k.
     People also type "MÄDCHEN" or "maedchen" for "Mädchen". Folded, these are the same tokens.
     """
     german = german.casefold()      # also turns "ß" into "ss"
@@ -649,13 +648,9 @@ def learn_merges(texts, n_merges):
 
 
 class Tokenizer:
-    """Text to tokens and back. `merges` is what `learn_merges` returns.
+    """Text to tokens and back. `merges` is what `learn_merges` returns."""
 
-    `folded` says whether source texts are folded before they are encoded.
-    """
-
-    def __init__(self, merges, folded=True):
-        self.folded = folded
+    def __init__(self, merges):
         self.token_of = {}                              # (left, right) -> the merged token
         self.pieces = [b""] * FIRST_BYTE                # the bytes of every token
         self.pieces += [bytes([byte]) for byte in range(256)]
@@ -690,10 +685,8 @@ class Tokenizer:
 
 
 def encode_source(tokenizer, german):
-    """What the encoder reads: the tokens of the German text, then EOS."""
-    if tokenizer.folded:
-        german = fold(german)
-    return tokenizer.encode(german) + [EOS]
+    """What the encoder reads: the tokens of the folded German text, then EOS."""
+    return tokenizer.encode(fold(german)) + [EOS]
 
 
 def encode_pairs(tokenizer, pairs):
@@ -1111,9 +1104,8 @@ def load_model(data, out_dir, device):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model = TransformerModel(*saved["sizes"], dropout=0.0)
         model.load_state_dict(saved["weights"])
-        # the included file for multi30k is older and has neither "folded" nor "steps"
-        tokenizer = Tokenizer(saved["merges"], saved.get("folded", False))
-        steps = saved.get("steps", 22_000)
+        tokenizer = Tokenizer(saved["merges"])
+        steps = saved["steps"]
     except Exception as error:                      # torch.load can fail in many ways
         sys.exit(f"{path} does not hold weights of translate.py ({type(error).__name__}): "
                  "delete it or train again")
@@ -1263,7 +1255,7 @@ if __name__ == "__main__":
             "d_model": 192, "n_heads": 4, "n_enc_layers": 3, "n_dec_layers": 3,
         },
         "multi30k": {
-            "steps": 22_000, "batch_tokens": 2000, "lr": 0.0015, "dropout": 0.25, "merges": 4000,
+            "steps": 25_000, "batch_tokens": 2000, "lr": 0.0015, "dropout": 0.25, "merges": 4000,
             "d_model": 192, "n_heads": 4, "n_enc_layers": 3, "n_dec_layers": 3,
         },
     }
@@ -1349,11 +1341,10 @@ if __name__ == "__main__":
     # data; the tokenizer learns from the training part alone
     train_pairs = load_pairs(args.data, "train")
     val_pairs = load_pairs(args.data, "val")
-    folded = args.data != "multi30k"        # captions are typed carefully
-    texts = [fold(german) if folded else german for german, _ in train_pairs]
+    texts = [fold(german) for german, _ in train_pairs]
     texts += [english for _, english in train_pairs]
     merges = learn_merges(texts, args.merges)
-    tokenizer = Tokenizer(merges, folded)
+    tokenizer = Tokenizer(merges)
     checksum = zlib.crc32(repr(train_pairs).encode())       # for --resume: is it the same data?
     train_pairs = drop_long(tokenizer, train_pairs, "train")
     val_pairs = drop_long(tokenizer, val_pairs, "val")
@@ -1445,8 +1436,7 @@ if __name__ == "__main__":
 
     # save the weights in half precision: half the size, and the translations are as good
     weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    save({"sizes": sizes, "merges": merges, "folded": folded, "steps": args.steps,
-          "weights": weights}, weights_path)
+    save({"sizes": sizes, "merges": merges, "steps": args.steps, "weights": weights}, weights_path)
     if os.path.exists(checkpoint_path):
         os.remove(checkpoint_path)
     print(f"saved {weights_path}")
