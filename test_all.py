@@ -1366,6 +1366,15 @@ def test_the_script_learns_from_about_the_loss_of_a_uniform_prediction(trained):
     assert set(result_of(output)) == {"exact", "bleu", "params", "seconds"}
 
 
+def test_the_tokenizer_learns_from_the_folded_german_and_the_english_of_the_training_part(
+        trained, pairs_file):
+    saved = torch.load(trained[0] / "translate_pairs.tsv.pt", weights_only=True)
+    pairs = translate.load_pairs(str(pairs_file), "train")
+    texts = [translate.fold(german) for german, _ in pairs] + [english for _, english in pairs]
+    merges = saved["merges"]
+    assert merges == translate.learn_merges(texts, len(merges))
+
+
 def test_the_test_part_is_scored_without_its_long_pairs(trained, pairs_file, capsys):
     _, output = run("translate.py", "--data", pairs_file, "--test", "--out_dir", trained[0])
     assert "test part: 1 pairs of 100 tokens or more are left out" in output
