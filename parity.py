@@ -1,6 +1,6 @@
 """
 Train a Transformer encoder to tell whether a bit string has an odd number of ones (its parity), and
-find the smallest one that can.
+find the smallest classifier that can.
 
     0 1 1 0 1 0 0 0 0 0  ->  three ones: odd
     0 1 1 0 1 0 0 1 0 0  ->  four ones: even
@@ -9,18 +9,19 @@ Parity looks trivial, but it is hard to learn. Flipping any single bit flips the
 say nothing about the label without the tenth. The loss stays at that of a coin flip for a hundred
 steps, and then falls to almost zero within another hundred or two, with some peaks.
 
-The model has no position embeddings (it is not told where a bit stands), and its tokens meet only
-in means, so it sees only the fraction of ones; the comment at the classifier says why. To it, the
-1,024 strings of length 10 are just 11 different inputs. So 11 strings are enough to compute the
-accuracy on all 1,024, and validation proves little: nearly every validation string is a training
-string in another order.
+The model has no position embeddings (it is not told where a bit stands), and its tokens interact
+only through means, so it sees only the fraction of ones; the comment at the classifier says why. To
+it, the 1,024 strings of length 10 are just 11 different inputs. So 11 strings are enough to compute
+the accuracy on all 1,024, and validation proves little: nearly every validation string is a
+training string in another order.
 
 $ python parity.py                # 2 blocks, width 8, 2,426 parameters
 $ python parity.py --d_model 16
-$ python parity.py --sweep        # the smallest networks: 32 parameters pass 0.95, 46 get all right
+$ python parity.py --sweep        # how small can it get? 32 parameters pass 0.95
 
-Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762. Different here:
-LayerNorm comes before attention and MLP instead of after them (pre-norm), and SiLU replaces ReLU.
+Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762. The main
+differences: no positions, no dropout, LayerNorm before attention and MLP instead of after them
+(pre-norm), SiLU instead of ReLU.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from attention import attention, parse_args, positive
 # A token is one element of the sequence, here one bit. The embedding turns it into a vector of
 # d_model numbers, one learned vector for 0 and one for 1. The shapes are for B strings of T tokens.
 class SelfAttention(nn.Module):
-    """One attention head, (B, T, d_model) -> (B, T, d_model) (section 3.2.1 of the paper).
+    """One attention head, (B, T, d_model) -> (B, T, d_model) (section 3.2.2 of the paper).
 
     Query, key and value are linear maps of the same x, so each token attends to all tokens of its
     own string, including itself.
@@ -64,7 +65,7 @@ class SelfAttention(nn.Module):
 
 
 class MultiHeadSelfAttention(nn.Module):
-    """Several heads, mixed by a linear map, (B, T, d_model) -> (B, T, d_model) (section 3.2.2).
+    """Several heads, mixed by a linear map, (B, T, d_model) -> (B, T, d_model).
 
     One head gives each token one weighted mean. With several heads a token can look at several
     things at once: one head may attend to the ones, another to the zeros. Here each head returns
@@ -204,15 +205,16 @@ def plot_curve(losses, accuracies, path):
 # --------------------------------------------------------------------------------------------------
 # Appendix (skip it on a first reading): how small can it get?
 #
-# Without a block nothing mixes the tokens. After LayerNorm every 0 is the same vector z and every 1
-# the same vector o, and the mean of a string with c ones is z + (c / T) (o - z), a point on a
-# straight line. So the classifier is a network with one input, c, and n = d_model hidden units:
+# Without a block nothing mixes the tokens before the final mean. After LayerNorm every 0 is the
+# same vector z and every 1 the same vector o, and the mean of a string with c ones is z + (c / T)
+# (o - z), a point on a straight line. So the classifier is a network with one input, c, and n =
+# d_model hidden units:
 #
 #     f(c) = logit(odd) - logit(even) = k + a_1 SiLU(w_1 c + b_1) + ... + a_n SiLU(w_n c + b_n)
 #
 # The answer is "odd" where f(c) > 0. To get all strings of length 10 right, f has to change sign 10
-# times, between any two neighbors in 0, 1, ..., 10. How often can such a sum change sign? A ReLU is
-# a straight line with one kink, so n of them form n + 1 straight pieces, with at most n + 1 sign
+# times, between every two neighbors in 0, 1, ..., 10. How often can such a sum change sign? A ReLU
+# is a straight line with one kink, so n of them form n + 1 straight pieces, with at most n + 1 sign
 # changes. SiLU has a curve instead of the kink: it dips below zero before it rises. Two units that
 # bend in nearly the same place can add up to a straight line on either side, with a wave in
 # between. So SiLUs can change sign more often than ReLUs:
@@ -579,8 +581,8 @@ if __name__ == "__main__":
                         help="peak learning rate")
     parser.add_argument("--steps", type=positive(int), default=650,
                         help="training steps at most; stops when done")
-    parser.add_argument("--batch_size", type=positive(int), default=800,
-                        help="strings in each step")
+    parser.add_argument("--batch_size", type=positive(int),
+                        help="strings in each step; None is the whole training set")
     parser.add_argument("--sweep", action="store_true",
                         help="find the smallest networks for length 10 instead; of the other "
                              "options, uses only --seed and --out_dir")
@@ -638,10 +640,10 @@ if __name__ == "__main__":
     n_low = 0
     for step in range(args.steps):
         # get a batch
-        if args.batch_size < n_train:
-            rows = torch.randint(n_train, (args.batch_size,))              # (B,)
+        if args.batch_size is None:
+            rows = torch.arange(n_train)                                   # (B,)
         else:
-            rows = torch.arange(n_train)
+            rows = torch.randint(n_train, (args.batch_size,))
 
         # forward
         logits = model(x[rows])                                            # (B, 2)
@@ -658,7 +660,7 @@ if __name__ == "__main__":
             print(f"step {step}/{args.steps}: loss {loss:.4f}, "
                   f"accuracy on all strings {accuracy:.4f}")
 
-        # backward and update; at a peak of the loss the norm of the gradient can reach 100: clip it
+        # backward and update; at a peak of the loss the gradient's norm can exceed 100: clip it
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -679,7 +681,7 @@ if __name__ == "__main__":
     accuracy_val = (answers == y[n_train:]).float().mean().item()
     accuracy_all, correct, _ = exact_accuracy(model, args.seq_len)
     wrong = (~correct).nonzero().flatten().tolist()
-    print(f"step {step + 1}/{args.steps}: loss {loss:.4f}, wrong numbers of ones: {wrong}")
+    print(f"step {step + 1}/{args.steps}: wrong numbers of ones: {wrong}")
     path = os.path.join(args.out_dir, "parity.pt")
     torch.save({"sizes": sizes, "steps": step + 1, "weights": model.state_dict()}, path)
     print(f"saved {path}")
