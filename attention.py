@@ -68,12 +68,13 @@ def attention_loops(queries, keys, values):
 #     weights = softmax(scores)            each row becomes positive and sums to 1
 #     output = weights @ v                 each row is a weighted mean of the values
 #
-# Why divide by sqrt(d_k)? The dot product of two random vectors is a sum of d_k terms. If they are
-# independent and have variance 1, their sum has variance d_k, and dividing by sqrt(d_k) brings the
-# variance back to 1. Without the division, wide vectors have large scores, and softmax gives most
-# of the weight to one key: with 12 random keys of width 64, the largest weight is 0.86 on average
-# (with the division 0.29). If one key has most of the weight, a small change in the scores hardly
-# changes the weights, so little gradient passes through them.
+# Why divide by sqrt(d_k)? The dot product of two random vectors is a sum of d_k products. If the
+# numbers in them are independent with mean 0 and variance 1, each product has variance 1 and the
+# sum d_k, and dividing by sqrt(d_k) brings the variance back to 1. Without the division, wide
+# vectors have large scores, and softmax gives most of the weight to one key: with 12 random keys of
+# width 64, the largest weight is 0.86 on average (with the division 0.29). If one key has most of
+# the weight, a small change in the scores hardly changes the weights, so little gradient passes
+# through them.
 #
 # Where do q, k and v come from? From learned linear maps. In self-attention, all three are maps of
 # the same sequence x: each token (for example, a word) gets a query (what it looks for), a key
@@ -103,9 +104,10 @@ def attention(q, k, v, mask=None, activation="softmax"):
     q = q / math.sqrt(q.size(-1))
     scores = q @ k.transpose(-2, -1)                                       # (..., T_q, T_k)
     if mask is not None:
-        # Softmax turns the lowest possible number into weight 0. So would -inf, but not in a row
-        # where everything is masked: softmax first subtracts the largest score of the row, so that
-        # exp cannot overflow, and -inf - (-inf) is NaN.
+        # Softmax turns the lowest possible number into weight 0. So would -inf, but a row where
+        # everything is masked would become NaN: softmax first subtracts the largest score of the
+        # row, so that exp cannot overflow, and -inf - (-inf) is NaN. The second masked_fill would
+        # remove it, but torch's anomaly detection would report it.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
 
     if activation == "softmax":
@@ -255,9 +257,9 @@ def download(url, path, sha256):
 # Appendix (skip it on a first reading): how time and memory grow with the sequence length T
 #
 # The formula keeps all T x T weights for the backward pass. F.scaled_dot_product_attention computes
-# them block by block, keeps only the output and one number for each query, and computes the weights
-# again in the backward pass. (One compiled function does all this: a fused kernel.) It never has
-# all weights at once, so it cannot return them, but our heatmaps need them.
+# them block by block, keeps q, k, v, the output and one number for each query, and computes the
+# weights again in the backward pass. (One compiled function does all this: a fused kernel.) It
+# never has all weights at once, so it cannot return them, but our heatmaps need them.
 def explicit(q, k, v):
     """The output of `attention` alone, which is what the fused kernel returns."""
     output, _ = attention(q, k, v)
