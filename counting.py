@@ -264,13 +264,14 @@ def load(path, sizes):
 #
 # What does it learn then, trained at all lengths? Its queries attend to the right digits, but it
 # has one answer for each fraction of 0s. If half of the digits are 0s, length 10 asks for 5, and
-# length 4 asks for 2. Training settles on a compromise, about 6 times the fraction, although more
-# than half of the training sequences have length 10. (With --activation softmax, "0 1", "0 0 0 1 1
+# length 4 asks for 2. Training settles on a compromise, about 6 times the fraction, because the
+# shorter sequences pull the answer down. (With --activation softmax, "0 1", "0 0 0 1 1
 # 1" and "0 0 0 0 0 1 1 1 1 1" all get the counts 3 3 0.) Near length 6 this is right, so many
 # sequences of lengths 5 to 7 come out right, and no others.
 #
 # Trained at length 10 only, softmax can count by fractions, because 0.3 always means 3. Even that
-# needs LayerNorm and short queries (see the appendix).
+# needs LayerNorm and short queries (see the appendix). It is often right at length 9, too, because
+# c / 9 is less than a tenth above c / 10 and is mostly still read as c.
 def compare(args, digits, n_seeds=3):
     """Train both activations at one and at all lengths and print their accuracy at each length.
 
@@ -359,7 +360,8 @@ if __name__ == "__main__":
                         help="sequences in each half of a batch")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--sequence",
-                       help="count these digits with the saved model; train first if there is none")
+                       help="count these digits with the saved model, whatever the options of "
+                            "training; train first if there is none")
     modes.add_argument("--compare", action="store_true",
                        help="train sigmoid and softmax, three seeds each")
     args = parse_args(parser)
