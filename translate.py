@@ -16,7 +16,7 @@ Trained weights for all three are in assets/. Weights that you train yourself ar
 $ python translate.py --text "Wie geht es dir?"     # any text, with the weights for tatoeba
 $ python translate.py --text -                      # every line that you type
 $ python translate.py                               # train on the toy language
-$ python translate.py --test --line=7 --plot        # translate line 7, plot the attention
+$ python translate.py --line 7 --plot               # translate line 7, plot the attention
 $ python translate.py --test                        # exact matches, BLEU, alignment
 $ python translate.py --data tatoeba                # train on everyday sentences
 $ python translate.py --data multi30k --test        # BLEU on the captions' test set
@@ -70,7 +70,7 @@ from attention import attention, download, parse_args, plot_attention, positive
 # "add & LayerNorm" adds a layer's input to its output (the residual connection) and normalizes the
 # sum. This is post-norm; parity.py normalizes first. The main differences from the paper: positions
 # are learned instead of sinusoidal, the feed-forward network is 2 instead of 4 times as wide as the
-# model, and there is word dropout.
+# model, there is word dropout, and the learning rate falls along a cosine.
 
 PAD, BOS, EOS = 0, 1, 2     # padding, start of sentence, end of sentence
 MAX_LEN = 100               # number of positions
@@ -188,9 +188,9 @@ class TransformerModel(nn.Module):
         self.position_embedding = nn.Embedding(max_len, d_model)
         self.dropout = nn.Dropout(dropout)
         # In training, dropout sets random numbers to 0, so the model learns not to rely on any one
-        # of them. Word dropout zeroes the embeddings of whole tokens, so that it does not rely on
-        # any single word (https://arxiv.org/abs/1905.11901). Half the rate of ordinary dropout
-        # worked well on the validation part of multi30k.
+        # of them. Word dropout zeroes whole rows of (T, d_model), the embeddings of tokens, so that
+        # it does not rely on any single word (https://arxiv.org/abs/1905.11901). Half the rate of
+        # ordinary dropout worked well on the validation part of multi30k.
         self.token_dropout = nn.Dropout1d(dropout / 2)
         self.encoder = nn.ModuleList(
             EncoderBlock(d_model, n_heads, dropout) for _ in range(n_enc_layers))
@@ -200,7 +200,8 @@ class TransformerModel(nn.Module):
         # standard deviation 1 / sqrt(d_model) make logits of standard deviation 1. The loss at step
         # 0 is above that of a uniform prediction for two reasons. Such random logits add about 1/2,
         # because the mean of e^logit is about e^(1/2) instead of 1. And the input token's own logit
-        # is larger, because residual connections carry its embedding to the output.
+        # is about 6 (toy) or 10 (tatoeba), because residual connections carry its embedding to
+        # the output.
         nn.init.normal_(self.token_embedding.weight, std=d_model ** -0.5)
         nn.init.normal_(self.position_embedding.weight, std=0.5)    # tokens have 1, see embed
 
@@ -223,7 +224,8 @@ class TransformerModel(nn.Module):
     def decode(self, tgt, memory, src_mask, cache=None):
         """Target tokens (B, T) -> logits (B, T, vocab_size) and the cross-attention weights.
 
-        The weights are a list, (B, H, T, S) for each block. With a cache, tgt is only what is new.
+        The weights are a list, (B, H, T, S) for each block. With a cache, tgt is only what is new,
+        and memory is used only the first time.
         """
         start = 0                                               # number of tokens in the cache
         if cache:
@@ -235,7 +237,8 @@ class TransformerModel(nn.Module):
         #     1 1 0 0    one that it predicts. So in training the input can be the whole sentence,
         #     1 1 1 0    and one forward pass trains all positions. With 3 tokens in the cache, tgt
         #     1 1 1 1    is token 3 alone, and only row 3 is needed.
-        # Padding comes after all real tokens, so this mask hides it, too.
+        # Padding comes after all real tokens, so this mask hides it from them. What the rows of
+        # padding predict does not matter, because the loss ignores it.
         # Without cross-attention, these blocks are GPT, which has no source and predicts the next
         # token from the text so far.
         tgt_mask = torch.ones(end, end, dtype=torch.bool, device=tgt.device).tril()
@@ -270,7 +273,7 @@ class TransformerModel(nn.Module):
 # German sentence has exactly one translation. This lets us count any other translation as wrong,
 # and we know the German words of every English word.
 
-N_TOY_LINES = 209_773       # for --line: as many as the corpus of the exercise sheet has
+N_TOY_LINES = 209_773       # for --line
 N_TOY_TRAINING_LINES = 100_000
 
 NOUNS = {  # German, gender, English
@@ -762,7 +765,7 @@ def batch_loss(model, examples, device, label_smoothing=0.0):
     # A probability of 1 would need an infinite logit. With label smoothing of 0.1 (section 5.4) the
     # right token's target is 90%, and 10% are spread over all tokens. So the best logits are
     # finite, and the model does not become overconfident. The lowest possible loss is then not 0,
-    # but the entropy of these targets, 1.23 for 8,259 tokens.
+    # but the entropy of these targets, 1.23 for tatoeba's 8,259 tokens.
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD,
                            reduction="sum", label_smoothing=label_smoothing)
 
@@ -781,9 +784,9 @@ def validation_loss(model, examples, device):
 def learning_rate(step, n_steps, peak):
     """The learning rate of a step: a linear warm-up to `peak`, then a cosine down to zero.
 
-    At first Adam's averages cover few gradients, and with post-norm the gradients near the output
-    are large (https://arxiv.org/abs/2002.04745), so the steps must be small. At the end, small
-    steps let the weights settle.
+    At first Adam's averages cover few gradients, so its steps are unreliable and must be small.
+    Large post-norm Transformers do not train without a warm-up
+    (https://arxiv.org/abs/2002.04745). At the end, small steps let the weights settle.
     """
     warmup = max(1, min(n_steps // 10, 1000))
     if step < warmup:
@@ -825,16 +828,18 @@ def greedy(model, src):
 #             We sleep well (-1.8)   ...                            keep the left column
 #   step 4    I sleep <eos> (-1.7)   We sleep well <eos> (-2.0)     both have ended
 #
-# Every token lowers the score, which favors short translations. So we compare score / length:
-# -1.7 / 3 = -0.57 and -2.0 / 4 = -0.50, and "We sleep well" wins. With beam = 1, beam search is
-# greedy decoding.
+# Every token lowers the score, which favors short translations. So every step ranks by score /
+# length, also the hypotheses that have ended: -1.7 / 3 = -0.57 and -2.0 / 4 = -0.50, and "We sleep
+# well" wins. A longer hypothesis can still win, so the search goes on until all have ended. With
+# beam = 1, beam search is greedy decoding.
 
 
 @torch.no_grad()
 def beam_search(model, src, beam, length_penalty=1.0):
     """Translate src (B, S): the hypothesis with the highest score / length ** length_penalty.
 
-    Returns (B, T) as `greedy` does. The hypotheses of a sentence are neighboring rows.
+    A larger length_penalty favors longer translations, because scores are negative. Returns (B, T)
+    as `greedy` does. The hypotheses of a sentence are neighboring rows.
     """
     B = len(src)
     memory, src_mask = model.encode(src)
@@ -865,7 +870,8 @@ def beam_search(model, src, beam, length_penalty=1.0):
         scores = extended.flatten(1).gather(1, best)
         lengths = lengths.gather(1, parent)
         ended = ended.gather(1, parent) | (token == EOS)
-        # The hypotheses continue in a new order, and so do their keys and values.
+        # The hypotheses continue in a new order, and so do their keys and values (those of the
+        # source are the same for all hypotheses of a sentence).
         rows = (first_row + parent).flatten()                               # (B * beam,)
         tokens = torch.cat([tokens[rows], token.view(-1, 1)], dim=1)
         for module, (key, value) in cache.items():
@@ -969,13 +975,13 @@ def bleu(translations, references):
 # baselines are the word at the same position (diagonal) and a random word (chance).
 #
 # A head may look up the word that comes next, or the word that was just written. So we score two
-# rows for each word: the one that *produces* it (as output) and the next one, which *consumes* it
-# (as input; Chen et al. 2020, https://arxiv.org/abs/2004.14837). After training, the rows of the
-# last block attend to the source of the word that they produce, which is the word to output: the
-# best head is right for 96% of the words, the gradient for 95%, the diagonal for 62%, chance for
-# 13% (--test). It is this block that translates. With the cross-attention of the first block set to
-# 0, the model still predicts every word of 150 sentences. Without that of the last block, it
-# predicts about half of them. (Chen et al. find on real languages that rows which consume a word
+# rows of the weights for each word: the one that *produces* it (as output) and the next one, which
+# *consumes* it (as input; Chen et al. 2020, https://arxiv.org/abs/2004.14837). After training, the
+# rows of the last block attend to the source of the word that they produce: the best head is right
+# for 96% of the words, the gradient for 95%, the diagonal for 62%, chance for 13% (--test). It is
+# this block that translates. With the cross-attention of the first block set to 0, the model still
+# predicts every word of 150 sentences, given the words before it. Without that of the last block,
+# it predicts about half of them. (Chen et al. find on real languages that rows which consume a word
 # are the better ones.)
 def right_words(alignment, n_source_words):
     """(T, S) booleans: True where source word s is right for target word t."""
@@ -1206,7 +1212,7 @@ def translate_line(args):
     else:
         held_out = "yes, but it is not scored (see split_pairs)"
     print(f"held out:    {held_out}")
-    if args.plot:
+    if args.plot and translation:
         path = path_of(args.out_dir, args.data, ".png")
         plot_cross_attention(model, tokenizer, german, args.beam, path, english, alignment)
 
@@ -1351,7 +1357,7 @@ if __name__ == "__main__":
     examples = encode_pairs(tokenizer, train_pairs)
     val_examples = encode_pairs(tokenizer, val_pairs)
 
-    # model and optimizer; betas and eps are those of section 5.3, the loop sets the learning rate
+    # model and optimizer; betas and eps are those of section 5.3, `learning_rate` is ours
     vocab_size = len(tokenizer.pieces)
     sizes = [vocab_size, MAX_LEN, args.d_model, args.n_heads, args.n_enc_layers, args.n_dec_layers]
     model = TransformerModel(*sizes, dropout=args.dropout).to(args.device)
@@ -1406,7 +1412,8 @@ if __name__ == "__main__":
         # gradients by world_size, so multiply by it)
         loss = batch_loss(net, batch, args.device, label_smoothing=0.1) / n_targets * world_size
 
-        # backward, update; clipping keeps a rare huge gradient from dominating Adam's averages
+        # backward, update; clipping limits the norm of the gradient to 1, so that no single batch
+        # dominates Adam's averages
         optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)   # before clipping
