@@ -5,10 +5,8 @@ $ pytest test_all.py
 """
 
 import argparse
-import ast
 import collections
 import contextlib
-import copy
 import gzip
 import hashlib
 import io
@@ -29,15 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import attention as attention_script
+import counting
+import parity
+import saliency
+import translate
+from attention import attention, download
+
 matplotlib.use("Agg")  # no display needed
-
-import attention as attention_script  # noqa: E402
-import counting  # noqa: E402
-import parity  # noqa: E402
-import saliency  # noqa: E402
-import translate  # noqa: E402
-from attention import attention, download  # noqa: E402
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -63,7 +60,6 @@ def run(script, *options):
 
 
 def read(name):
-    """The text of a file of this project."""
     with open(os.path.join(HERE, name), encoding="utf-8") as file:
         return file.read()
 
@@ -120,18 +116,11 @@ def test_the_output_and_its_gradients_are_those_of_torch(mask):
     output, _ = attention(*inputs, mask)
     expected = F.scaled_dot_product_attention(*inputs, mask)
     assert torch.allclose(output, expected, atol=1e-6)
-    ours = torch.autograd.grad(output.square().sum(), inputs)
+    with torch.autograd.set_detect_anomaly(True):  # an error at the first NaN
+        ours = torch.autograd.grad(output.square().sum(), inputs)
     theirs = torch.autograd.grad(expected.square().sum(), inputs)
     for our_gradient, their_gradient in zip(ours, theirs):
         assert torch.allclose(our_gradient, their_gradient, atol=1e-5)
-
-
-@pytest.mark.parametrize("activation, function", ACTIVATIONS.items())
-def test_the_weights_are_the_activation_of_the_scaled_scores(activation, function):
-    q, k, v = queries_keys_values()
-    output, weights = attention(q, k, v, activation=activation)
-    assert torch.allclose(weights, function(q @ k.transpose(2, 3) / math.sqrt(8)))
-    assert torch.equal(output, weights @ v)
 
 
 @all_masks
@@ -140,13 +129,6 @@ def test_a_masked_key_and_no_other_gets_weight_0(mask, activation):
     q, k, v = queries_keys_values()
     _, weights = attention(q, k, v, mask, activation)
     assert torch.equal(weights > 0, mask.expand(2, 3, 5, 7))
-
-
-def test_a_query_with_nothing_to_attend_to_gets_no_nan_on_the_way_back():
-    mask = MASKS["a query with nothing to attend to"]
-    with torch.autograd.set_detect_anomaly(True):  # an error at the first NaN
-        output, _ = attention(*queries_keys_values(), mask)
-        output.sum().backward()
 
 
 def test_a_masked_key_gets_weight_0_however_low_the_other_scores_are():
@@ -203,7 +185,6 @@ def test_the_formula_keeps_all_weights_and_the_fused_kernel_does_not():
 
 
 def drawn(monkeypatch, *arguments, **options):
-    """The axes that plot_attention draws."""
     figures = []
     monkeypatch.setattr(attention_script.plt, "close", figures.append)
     attention_script.plot_attention(*arguments, io.BytesIO(), **options)
@@ -228,33 +209,28 @@ def test_heatmaps_show_the_weights_on_one_scale(monkeypatch):
 
 
 def test_output_never_ends_a_training(monkeypatch, tmp_path):
-    buffer = io.BytesIO()
-    console = io.TextIOWrapper(buffer, encoding="cp1252")
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # it has few characters
     monkeypatch.setattr(sys, "stdout", console)
     monkeypatch.setattr(sys, "argv", ["script", "--out_dir", str(tmp_path)])
     attention_script.parse_args(argparse.ArgumentParser())
-    print("\u2581", end="", flush=True)  # a console of code page 1252 does not have it
-    assert buffer.getvalue() == rb"\u2581"
+    assert console.errors == "backslashreplace"
 
 
-def test_the_seed_is_that_of_the_option(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["script", "--seed", "5", "--out_dir", str(tmp_path)])
-    attention_script.parse_args(argparse.ArgumentParser())
+def test_the_seed_is_that_of_the_option(tmp_path):
+    run("attention.py", "--seed", 5, "--steps", 1, "--out_dir", tmp_path)
     assert torch.initial_seed() == 5
 
 
 def test_a_download_that_fails_or_has_another_content_says_what_to_do(tmp_path):
-    source = tmp_path / "source"
-    source.write_bytes(b"content")
     path = tmp_path / "data" / "file"
     message = f"cannot download .*: try again, or save the file as {path} yourself"
-    for url in ["https://127.0.0.1:1/file", source.as_uri()]:  # no server there
+    for url in ["https://127.0.0.1:1/file", f"file://{__file__}"]:  # no server there
         with pytest.raises(SystemExit, match=message):
             download(url, str(path), "0" * 64)
     assert not path.exists()
 
 
-def test_a_file_is_downloaded_once_and_then_checked(tmp_path):
+def test_a_file_is_downloaded_once(tmp_path):
     source = tmp_path / "source"
     source.write_bytes(b"content")
     path = tmp_path / "data" / "file"
@@ -263,9 +239,6 @@ def test_a_file_is_downloaded_once_and_then_checked(tmp_path):
     assert path.read_bytes() == b"content"
     source.unlink()
     download(source.as_uri(), str(path), sha256)
-    path.write_bytes(b"<html>")
-    with pytest.raises(SystemExit, match=f"{path} .*: delete it"):
-        download(source.as_uri(), str(path), sha256)
 
 
 def test_without_the_division_by_sqrt_d_k_most_of_the_weight_is_on_one_key():
@@ -280,12 +253,10 @@ def test_without_the_division_by_sqrt_d_k_most_of_the_weight_is_on_one_key():
 # --------------------------------------------------------------------------------------------------
 # parity.py
 def classifier(*sizes):
-    """A parity classifier with large random weights, in float64."""
     return wild(parity.TransformerClassifier(2, 2, *sizes).double(), 2.0)
 
 
 def saved_classifier(path):
-    """The parity classifier that was saved at `path`."""
     saved = torch.load(path, weights_only=True)
     model = parity.TransformerClassifier(*saved["sizes"])
     model.load_state_dict(saved["weights"])
@@ -310,18 +281,16 @@ def test_the_classifier_gives_one_logit_for_each_class():
     assert model(torch.randint(2, (4, 10))).shape == (4, 5)
 
 
-@pytest.mark.parametrize("n_layers", [0, 2])
-def test_the_classifier_sees_only_the_fraction_of_ones(n_layers):
-    model = classifier(8, 4, 2, 4, n_layers)
+def test_the_classifier_sees_only_the_fraction_of_ones():
+    model = classifier(8, 4, 2, 4, 2)
     strings = torch.randint(2, (20, 9))
     twice = torch.cat([strings, strings], dim=1)
     shuffled = twice[:, torch.randperm(18)]
     assert torch.allclose(model(strings), model(shuffled), atol=1e-8)
 
 
-@pytest.mark.parametrize("n_layers", [0, 2])
-def test_width_1_gives_all_strings_the_same_logits(n_layers):
-    model = classifier(1, 1, 1, 1, n_layers)
+def test_width_1_gives_all_strings_the_same_logits():
+    model = classifier(1, 1, 1, 1, 2)
     strings, _, _ = parity.one_string_per_count(10)
     logits = model(strings)
     assert (logits == logits[0]).all()
@@ -349,7 +318,6 @@ def test_a_short_training_learns_parity(short_training):
     result = result_of(short_training[1])
     assert result["accuracy_val"] == 1
     assert result["accuracy_all"] == 1
-    assert result["params"] == 2426
 
 
 def test_a_training_logs_every_50_steps_and_its_last_one(short_training):
@@ -373,26 +341,16 @@ def test_a_training_stops_after_five_low_losses_in_a_row(short_training):
     assert low.index("11111") == len(losses) - 5 < 195
 
 
-def test_a_model_is_trained_on_four_fifths_of_the_strings_and_validated_on_the_others(
-        tmp_path, monkeypatch):
-    seen = []
-    embed = nn.Embedding.forward
+def test_a_training_is_validated_on_the_fifth_of_the_strings_that_it_did_not_see(short_training):
+    values, _, _ = short_training
+    assert values["rows"].tolist() == list(range(80))
+    assert torch.equal(values["answers"], values["y"][80:])
 
-    def recorded(self, tokens):
-        seen.append(tokens)
-        return embed(self, tokens)
 
-    monkeypatch.setattr(nn.Embedding, "forward", recorded)
+def test_a_small_batch_is_drawn_from_the_training_strings(tmp_path):
     options = ["--n_samples", 40, "--steps", 1, "--batch_size", 31]
     values, _ = run("parity.py", *options, "--out_dir", tmp_path)
     assert values["rows"].max() < 32
-    assert torch.equal(seen[0], values["x"][values["rows"]])
-    assert torch.equal(seen[2], values["x"][32:])  # after exact_accuracy
-
-
-def test_a_negative_number_of_blocks_gives_one_sentence(tmp_path):
-    with pytest.raises(SystemExit, match="--n_layers -1: 0 or more are needed"):
-        run("parity.py", "--n_layers", -1, "--out_dir", tmp_path)
 
 
 # The smallest networks. They are in assets, as `python parity.py --sweep` saved them.
@@ -474,13 +432,11 @@ def test_proof_two_units_can_change_sign_five_times():
 
 
 def test_proof_five_changes_of_the_answer_get_at_most_968_strings_right():
-    best = 0
-    for answers in itertools.product([0, 1], repeat=11):
-        n_changes = sum(a != b for a, b in zip(answers, answers[1:]))
-        if n_changes <= 5:
-            right = [c for c in range(11) if answers[c] == c % 2]
-            best = max(best, sum(math.comb(10, c) for c in right))
-    assert best == 968
+    _, parities, fractions = parity.one_string_per_count(10)
+    answers = counting.all_sequences(11, 2)                                # (2048, 11)
+    few_changes = answers[answers.diff().abs().sum(dim=1) <= 5]
+    right = (few_changes == parities).float() @ fractions
+    assert right.max() == 968 / 1024
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -491,16 +447,12 @@ def test_proof_step_1_six_zeros_force_the_signs_of_inequality_3(seed):
     exponents = torch.tensor([0, -w1, -w2, -w1 - w2]).double()
     zeros = torch.arange(6).view(6, 1) + 0.6 * torch.rand(6, 1) - 3
     terms = (exponents * zeros).exp()                                      # (6, 4)
-    matrix = torch.cat([zeros * terms[:, :3], terms], dim=1)               # (6, 7)
-    coefficients = torch.linalg.svd(matrix)[2][-1]                         # in the null space
-    assert (matrix @ coefficients).abs().max() < 1e-9
-    p = coefficients[:3]
-    d = coefficients[6]
-    assert (p * d * (exponents[3] - exponents[:3]) < 0).all()
+    matrix = torch.cat([zeros * terms[:, :3], terms[:, :3]], dim=1)        # (6, 6)
+    p = torch.linalg.solve(matrix, -terms[:, 3])[:3]                       # for d = 1
+    assert (p * (exponents[3] - exponents[:3]) < 0).all()
 
 
 def derivative(function):
-    """The derivative of an elementwise function."""
     return torch.func.grad(lambda u: function(u).sum())
 
 
@@ -556,12 +508,10 @@ def one_hot(sequences):
 
 
 def wild_counter(*options):
-    """A counting model for digits 0, 1, 2 with large random weights, in float64."""
     return wild(counting.CountingModel(3, *options).double(), 2.0)
 
 
 def counter_that_answers_3():
-    """A counting model whose every count is 3."""
     model = counting.CountingModel(3, 10, 8)
     model.out.bias.data[3] = 1000
     return model
@@ -593,44 +543,27 @@ def test_softmax_without_layernorm_cannot_tell_which_digit_is_asked_for():
     assert torch.allclose(zeros[0, 0] + ones[0, 1], zeros[0, 1] + ones[0, 0])
 
 
-def softmax_that_counts():
-    """
-    Softmax parameters, written by hand, that count all sequences of length 10.
-
-    All keys are 0, so the weight of a digit is its fraction. Queries are 7 * (common + value). So
-    the vector before LayerNorm gets longer with the count of the query's digit. LayerNorm divides
-    by the length, which makes the coordinate along `common` smaller.
-    """
-    # orthogonal rows of mean 0 and length 1: (1, -1, 0, 0, ...), (0, 0, 1, -1, ...), ...
-    basis = torch.kron(torch.eye(8), torch.tensor([1.0, -1.0])) / math.sqrt(2)
+def test_with_layernorm_hand_written_softmax_parameters_count_all_sequences_of_length_10():
+    # All keys are 0, so the weight of a digit is its fraction. Queries are 7 * (common + value), so
+    # the larger the fraction, the longer the vector, and the smaller `common` after LayerNorm.
+    basis = torch.kron(torch.eye(8), torch.tensor([1.0, -1.0])) / math.sqrt(2)  # orthonormal rows
     common = basis[0]
     values = basis[1:4]
-    # fraction of the digit; the others have equal parts
-    fraction = torch.arange(11) / 10
+    fraction = torch.arange(11) / 10  # of the digit; the others have equal parts
     length = (49 + (7 + fraction) ** 2 + (1 - fraction) ** 2 / 2).sqrt()
     height = 4 * 7 / length  # along `common`, after LayerNorm
     model = counting.CountingModel(3, 10, 16, "softmax")
-    parameters = {
-        "query": 7 * (common + values).unsqueeze(0),
-        "key.weight": torch.zeros(16, 3),
-        "key.bias": torch.zeros(16),
-        "value.weight": values.T,
-        "value.bias": torch.zeros(16),
-        # logit: -(y - height)^2 without its y^2, which is the same for all counts
-        "out.weight": 2 * torch.outer(height, common),
-        "out.bias": -height ** 2,
-    }
-    model.load_state_dict(parameters, strict=False)
-    return model
-
-
-def test_with_layernorm_hand_written_softmax_parameters_count_all_sequences_of_length_10():
-    sequences = counting.all_sequences(10, 3)
-    assert counting.accuracy(softmax_that_counts(), sequences, 3) == 1
+    for p in [*model.key.parameters(), model.value.bias]:
+        nn.init.zeros_(p)
+    model.query.data = 7 * (common + values).unsqueeze(0)
+    model.value.weight.data = values.T
+    # logit: -(y - height)^2 without its y^2, which is the same for all counts
+    model.out.weight.data = 2 * torch.outer(height, common)
+    model.out.bias.data = -height ** 2
+    assert counting.accuracy(model, counting.all_sequences(10, 3), 3) == 1
 
 
 def train_softmax_at_length_5():
-    """The accuracy of softmax, trained for 400 steps at length 5 only."""
     torch.manual_seed(0)
     args = argparse.Namespace(vocab_size=3, sequence_length=5, hidden=16, device="cpu", lr=0.03,
                               steps=400, batch_size=128)
@@ -692,6 +625,7 @@ def counted(tmp_path_factory):
 def test_a_short_training_counts_right_at_all_lengths(counted):
     _, values, output = counted
     assert values["scores"] == [1.0] * 5
+    assert "length 5: 1.0000 of 243 sequences; mean over lengths 1 to 5: 1.0000\n" in output
     assert result_of(output)["accuracy_all"] == 1
     assert logged_steps(output) == [0, 200]
 
@@ -742,18 +676,7 @@ def test_weights_of_other_options_are_named(counted):
         run("counting.py", *SHORT, "--hidden", 8, "--sequence", 2, "--out_dir", counted[0])
 
 
-@pytest.mark.parametrize("size", [0, 1000])
-def test_damaged_weights_give_one_sentence_and_are_kept(counted, size, tmp_path):
-    damaged = (counted[0] / "counting_sigmoid.pt").read_bytes()[:size]
-    path = tmp_path / "counting_sigmoid.pt"
-    path.write_bytes(damaged)
-    with pytest.raises(SystemExit, match=f"cannot load {path} .*: delete it and train again"):
-        run("counting.py", *SHORT, "--sequence", "0", "--out_dir", tmp_path)
-    assert path.read_bytes() == damaged
-
-
 def training_options(**others):
-    """The options of a small training."""
     sizes = {"vocab_size": 3, "sequence_length": 4, "hidden": 4}
     return argparse.Namespace(**sizes, device="cpu", lr=0.03, steps=100, batch_size=2, **others)
 
@@ -775,7 +698,7 @@ def test_half_of_each_batch_has_the_full_length_and_the_other_half_any_length(mo
     assert lengths == [4] * 200
 
 
-def test_the_learning_rate_rises_and_falls_and_is_half_its_peak_on_average(monkeypatch):
+def test_the_learning_rate_rises_and_falls(monkeypatch):
     rates = []
 
     class Adam(torch.optim.Adam):
@@ -788,7 +711,6 @@ def test_the_learning_rate_rises_and_falls_and_is_half_its_peak_on_average(monke
     assert rates[0] == pytest.approx(0.03 / 25)
     assert max(rates) == pytest.approx(0.03, rel=0.01)
     assert rates[-1] < 1e-5
-    assert sum(rates) / 100 == pytest.approx(0.015, rel=0.03)
 
 
 def test_the_heatmap_has_the_models_counts_and_marks_where_a_row_should_be_bright(monkeypatch):
@@ -809,11 +731,10 @@ def test_compare_returns_the_means_of_three_seeds_trained_at_all_lengths_and_sho
     shown = []
 
     def train(args, activation, all_lengths):
-        return torch.initial_seed(), activation, all_lengths
+        return torch.initial_seed() + 10 * all_lengths + 1000 * (activation == "softmax")
 
     def accuracy(model, digits, V):
-        seed, activation, all_lengths = model
-        return seed + 10 * all_lengths + 100 * len(digits[0]) + 1000 * (activation == "softmax")
+        return model + 100 * len(digits[0])
 
     def show_counts(models, titles, *rest):
         shown.extend(zip(models, titles))
@@ -823,8 +744,8 @@ def test_compare_returns_the_means_of_three_seeds_trained_at_all_lengths_and_sho
     monkeypatch.setattr(counting, "show_counts", show_counts)
     args = training_options(seed=7, out_dir=str(tmp_path))
     assert counting.compare(args, [0, 1, 2]) == (418, 1418)
-    assert shown[0] == ((7, "sigmoid", False), "sigmoid, trained at length 4")
-    assert shown[3] == ((7, "softmax", True), "softmax, trained at lengths 1-4")
+    assert shown[0] == (7, "sigmoid, trained at length 4")
+    assert shown[3] == (1017, "softmax, trained at lengths 1-4")
 
 
 def test_compare_prints_a_row_for_each_training(tmp_path):
@@ -845,7 +766,6 @@ def transformer(vocab_size=20, max_len=12, n_layers=2):
 
 
 def copy_weights(ours, theirs):
-    """Give our block the weights of one of torch's layers."""
     renamed = {"self_attn": "self_attention", "multihead_attn": "cross_attention",
                "out_proj": "w_o", "linear1": "feed_forward.0", "linear2": "feed_forward.2"}
     weights = {}
@@ -935,6 +855,18 @@ def test_decoding_with_the_cache_equals_decoding_at_once_and_reads_the_source_on
     assert torch.allclose(torch.cat(logits, dim=1), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("vocab_size, d_model, n_layers, expected", [
+    (756, 64, 2, 6), (8259, 192, 3, 10)])       # toy, tatoeba
+def test_the_logit_of_the_input_token_is_large_at_first(vocab_size, d_model, n_layers, expected):
+    torch.manual_seed(0)
+    model = translate.TransformerModel(vocab_size, 100, d_model, 4, n_layers, n_layers, 0.0)
+    tokens = torch.randint(3, vocab_size, (8, 9))
+    logits, _ = model(tokens, tokens.flip(1))
+    assert logits.std().item() == pytest.approx(1, abs=0.05)
+    own = logits.gather(2, tokens.flip(1).unsqueeze(2))
+    assert own.mean().item() == pytest.approx(expected, abs=0.7)
+
+
 # --------------------------------------------------------------------------------------------------
 # translate.py: the toy language
 
@@ -994,8 +926,8 @@ def test_captions_are_read_from_two_files(tmp_path, monkeypatch):
     monkeypatch.setattr(translate, "download", lambda *_: None)
     os.makedirs("data/multi30k")
     for language, text in [("de", "Ein  Hund.\nZwei Äpfel.\n"), ("en", "A dog.\nTwo apples.\n")]:
-        with gzip.open(f"data/multi30k/val.{language}.gz", "wt", encoding="utf-8") as file:
-            file.write(text)
+        path = tmp_path / f"data/multi30k/val.{language}.gz"
+        path.write_bytes(gzip.compress(text.encode()))
     expected = [("Ein Hund.", "A dog."), ("Zwei Äpfel.", "Two apples.")]
     assert translate.load_pairs("multi30k", "val") == expected
 
@@ -1120,16 +1052,15 @@ def test_every_epoch_and_every_seed_has_other_batches():
 EXAMPLES = [([5, 6, 2], [1, 7, 8, 9, 2]), ([5, 2], [1, 4, 2])]
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_label_smoothing_is_the_formula_and_padding_has_no_loss(smoothing):
+def test_label_smoothing_is_the_formula_and_padding_has_no_loss():
     model = transformer()
     expected = 0.0
     for src, tgt in EXAMPLES:
         logits, _ = model(torch.tensor([src]), torch.tensor([tgt[:-1]]))
         one_hot = F.one_hot(torch.tensor(tgt[1:]), 20)
-        targets = (1 - smoothing) * one_hot + smoothing / 20
+        targets = 0.9 * one_hot + 0.1 / 20
         expected -= (targets * logits[0].log_softmax(dim=-1)).sum().item()
-    loss = translate.batch_loss(model, EXAMPLES, "cpu", smoothing)
+    loss = translate.batch_loss(model, EXAMPLES, "cpu", 0.1)
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -1141,8 +1072,8 @@ def test_the_validation_loss_is_the_mean_over_all_target_tokens():
 
 
 @pytest.mark.parametrize("step, n_steps, expected", [
-    (0, 10_000, 0.0005), (499, 10_000, 0.25), (999, 10_000, 0.5), (1000, 10_000, 0.5),
-    (4000, 10_000, 0.375), (5500, 10_000, 0.25),    # cos 60° = 1/2, cos 90° = 0
+    (0, 10_000, 0.0005), (999, 10_000, 0.5), (1000, 10_000, 0.5),
+    (4000, 10_000, 0.375),  # cos 60° = 1/2
     (9999, 10_000, 0.0), (50, 500, 0.5), (0, 1, 0.5)])
 def test_the_learning_rate_warms_up_and_follows_a_cosine_to_zero(step, n_steps, expected):
     rate = translate.learning_rate(step, n_steps, peak=0.5)
@@ -1155,10 +1086,6 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine_to_zero(step, n_steps, 
 
 def plain_beam_search(model, src, beam, length_penalty):
     """Beam search for one sentence with lists and without a cache."""
-    def ranking(hypothesis):
-        tokens, score = hypothesis
-        return score / (len(tokens) - 1) ** length_penalty
-
     hypotheses = [([translate.BOS], 0.0)]
     for _ in range(model.max_len - 1):
         extended = []
@@ -1170,7 +1097,8 @@ def plain_beam_search(model, src, beam, length_penalty):
             log_probs = logits[0, -1].log_softmax(dim=-1).tolist()
             for token in range(1, len(log_probs)):  # all but PAD
                 extended.append((tokens + [token], score + log_probs[token]))
-        hypotheses = sorted(extended, key=ranking, reverse=True)[:beam]
+        extended.sort(key=lambda h: -h[1] / (len(h[0]) - 1) ** length_penalty)
+        hypotheses = extended[:beam]
     return hypotheses[0][0][1:]
 
 
@@ -1206,7 +1134,7 @@ def test_a_text_that_is_too_long_is_named_and_the_others_are_translated(toy_mode
 @pytest.mark.parametrize("translations, references, expected", [
     (["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."],
      ["The dog bit the man.", "It was not unexpected.", "The man bit him first."], 45.067506),
-    (["x y z w"], ["x y z w"], 100.0),
+    (["x y z w v"], ["x y z w"], 66.874030),  # no bonus for length
     (["x y z w"], ["a b c d"], 0.0),
     (["x y z"], ["x y z"], 0.0),
     (["x b c d e"], ["a b q d e"], 23.643540),
@@ -1223,12 +1151,10 @@ def test_bleu_has_the_values_that_sacrebleu_prints(translations, references, exp
 
 @pytest.fixture(scope="module")
 def toy_model():
-    """The shipped model of the toy language and its tokenizer."""
     return translate.load_model("toy", "no_such_folder", "cpu")
 
 
 def tokens_of(tokenizer, german, english):
-    """What the encoder and the decoder read."""
     src = torch.tensor([translate.encode_source(tokenizer, german)])
     tgt = torch.tensor([[translate.BOS] + tokenizer.encode(english)])
     return src, tgt
@@ -1351,11 +1277,10 @@ def trained(pairs_file, tmp_path_factory):
 
 
 def start(*options, **environment):
-    """Start translate.py in another process."""
     command = [sys.executable, os.path.join(HERE, "translate.py"), "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen([*command, *map(str, options)], env=environment,
-                            stdout=subprocess.PIPE, text=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_the_script_learns_from_about_the_loss_of_a_uniform_prediction(trained):
@@ -1391,6 +1316,13 @@ def test_a_line_says_whether_it_was_held_out(n, held_out, tmp_path):
     (tmp_path / "toy").write_text("".join(lines), encoding="utf-8")  # named as the toy weights
     _, output = run("translate.py", "--data", tmp_path / "toy", "--line", n, "--out_dir", tmp_path)
     assert output.endswith(f"held out:    {held_out}\n")
+
+
+def test_a_line_that_is_too_long_is_not_drawn(trained, pairs_file):
+    _, output = run("translate.py", "--data", pairs_file, "--line", 300, "--plot", "--out_dir",
+                    trained[0])
+    assert "translation: \n" in output
+    assert "saved" not in output
 
 
 @pytest.fixture(scope="module")
@@ -1435,7 +1367,8 @@ def test_two_processes_have_the_gradients_of_one(pairs_file, tmp_path, monkeypat
         for name, value in {**group, "RANK": "0"}.items():
             monkeypatch.setenv(name, value)
         two, _ = run("translate.py", *options)
-        assert other.wait(timeout=60) == 0
+        errors = other.communicate(timeout=60)[1]
+        assert other.returncode == 0, errors
     finally:
         other.kill()
     # before clipping: a wrong factor in front of the loss would show here
@@ -1451,15 +1384,7 @@ def test_a_rank_in_the_environment_changes_nothing(pairs_file, tmp_path, monkeyp
     assert (tmp_path / "translate_pairs.tsv.pt").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 the start of a file"])
-def test_truncated_weights_are_named(content, tmp_path):
-    (tmp_path / "translate_toy.pt").write_bytes(content)
-    with pytest.raises(SystemExit, match="translate_toy.pt does not hold weights"):
-        translate.load_model("toy", tmp_path, "cpu")
-
-
 def stdin_of(content):
-    """Standard input that holds these bytes."""
     return io.TextIOWrapper(io.BytesIO(content))
 
 
@@ -1491,16 +1416,14 @@ def test_at_a_terminal_every_line_is_answered_at_once(monkeypatch, tmp_path, cap
     assert n_answers == [0, 1, 1]
 
 
+def test_a_line_is_drawn(tmp_path):
+    run("translate.py", "--line=7", "--plot", "--out_dir", tmp_path)
+    assert (tmp_path / "translate_toy.png").exists()
+
+
 @pytest.mark.parametrize("data", ["toy", "tatoeba", "multi30k"])
 def test_the_shipped_weights_have_at_most_8_mb(data):
     assert os.path.getsize(os.path.join(HERE, "assets", f"translate_{data}.pt")) <= 8_000_000
-
-
-def test_line_7_of_the_toy_language_is_translated_and_drawn(tmp_path):
-    _, output = run("translate.py", "--test", "--line=7", "--plot", "--out_dir", tmp_path)
-    assert "translation: The king visited the clever teacher yesterday.\n" in output
-    assert "held out:    yes\n" in output
-    assert (tmp_path / "translate_toy.png").exists()
 
 
 def test_captions_come_out_right(tmp_path):
@@ -1509,12 +1432,9 @@ def test_captions_come_out_right(tmp_path):
     assert re.fullmatch(r"Two men .*play.* soccer\.\nA dog .*run.* through the snow\.\n", output)
 
 
-@pytest.mark.parametrize("text", [
-    "Das müde Mädchen hört den großen Vogel.", "das müde mädchen hört den großen vogel.",
-    "DAS MÜDE MÄDCHEN HÖRT DEN GROSSEN VOGEL.", "Das muede Maedchen hoert den grossen Vogel."])
-def test_four_ways_of_typing_have_one_translation(text, toy_model):
-    translations = translate.translate(*toy_model, [text], beam=1)
-    assert translations == ["The tired girl hears the big bird."]
+def test_four_ways_of_typing_are_the_same_to_the_model():
+    ways = ["Übergrößenträger", "übergrößenträger", "ÜBERGRÖSSENTRÄGER", "Uebergroessentraeger"]
+    assert {translate.fold(text) for text in ways} == {"uebergroessentraeger"}
 
 
 EVERYDAY = {
@@ -1523,32 +1443,22 @@ EVERYDAY = {
     "Ich liebe dich.": "I love you.",
     "Wo ist der Bahnhof?": "Where is the station?",
     "Das Buch liegt auf dem Tisch.": "The book is on the table.",
-    "Ich weiß nicht, was ich sagen soll.": "I don't know what to say.",
+    "ICH WEISS NICHT, WAS ICH SAGEN SOLL.": "I don't know what to say.",
     "Kannst du mir helfen?": "Can you help me?",
     "Es tut mir leid.": "I'm sorry.",
-    "Wie spät ist es?": "What time is it?",
+    "wie spaet ist es": "What time is it?",
     "Ich habe gestern einen Brief geschrieben.": "I wrote a letter yesterday.",
     "Das ist mir egal.": "I don't care about that.",
     "Ich freue mich auf das Wochenende.": "I'm looking forward to the weekend.",
     "Gestern hat mir mein Vater ein Buch gegeben.": "Yesterday, my father gave me a book.",
     "Wenn es morgen regnet, bleiben wir zu Hause.": "If it rains tomorrow, we'll stay at home.",
     "Zwei Hunde laufen durch den Schnee.": "Two dogs run through the snow.",
-    "wie spaet ist es": "What time is it?",
-    "ICH WEISS NICHT, WAS ICH SAGEN SOLL.": "I don't know what to say.",
 }
 
 
-@pytest.fixture(scope="module")
-def everyday(tmp_path_factory):
-    """What --text prints for everyday sentences, with the weights that it takes by default."""
-    folder = tmp_path_factory.mktemp("everyday")
-    _, output = run("translate.py", "--out_dir", folder, "--text", *EVERYDAY)
-    return dict(zip(EVERYDAY, output.splitlines()))
-
-
-@pytest.mark.parametrize("german", EVERYDAY)
-def test_an_everyday_sentence_comes_out_right(german, everyday):
-    assert everyday[german] == EVERYDAY[german]
+def test_everyday_sentences_come_out_right(tmp_path):
+    _, output = run("translate.py", "--out_dir", tmp_path, "--text", *EVERYDAY)
+    assert output.splitlines() == list(EVERYDAY.values())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1591,28 +1501,17 @@ def test_the_jacobian_leaves_the_model_and_the_images_as_they_were():
     model = small_network().train()
     model[1].eval()  # a frozen BatchNorm in a training model
     x, target = small_images(2)
-    model_before = copy.deepcopy(model)
-    x_before = x.clone()
+    before = bytes_of([model, x])
     saliency.calculate_jacobian(model, x, target)
-    assert torch.equal(x, x_before)
-    assert not x.requires_grad
+    assert bytes_of([model, x]) == before
     assert all(p.grad is None for p in model.parameters())
-    for module, before in zip(model.modules(), model_before.modules()):
-        assert module.training == before.training
-    for value, before in zip(model.state_dict().values(), model_before.state_dict().values()):
-        assert torch.equal(value, before)
 
 
 def test_a_confident_prediction_keeps_its_gradient():
-    """The loss is about exp(-60), and so is its gradient: exp(-60) * (other - target)."""
-    target = torch.tensor([1.0, 2.0, 3.0])
-    other = torch.tensor([2.0, 0.0, 5.0])
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
-    model[1].weight.data = torch.stack([target, other])
-    model[1].bias.data = torch.tensor([60.5, 0.0])  # the image adds -0.5
-    image = torch.full((1, 3, 1, 1), 0.5)
-    gradient, _ = saliency.calculate_jacobian(model, image, torch.tensor([0]))
-    assert torch.allclose(gradient.flatten() * math.exp(60), other - target, rtol=1e-3)
+    image = torch.tensor([60.0, 0, 0]).view(1, 3, 1, 1)  # the model returns it as logits
+    gradient, _ = saliency.calculate_jacobian(nn.Flatten(), image, torch.tensor([0]))
+    expected = torch.tensor([-2.0, 1, 1]) * math.exp(-60)
+    assert torch.allclose(gradient.flatten(), expected, atol=0, rtol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [1, 1e-30])  # the square of 1e-30 is 0 in float32
@@ -1646,23 +1545,19 @@ def test_every_attack_adds_what_its_name_says():
         assert torch.allclose(attacks[name], expected, rtol=0, atol=1e-12)
 
 
-def test_random_signs_change_every_value_by_eps_in_half_of_the_cases_upwards():
-    x = torch.full((10, 3, 8, 8), 0.5, dtype=torch.float64)
-    attacks = saliency.all_attacks(x, torch.zeros_like(x), eps=0.1)
-    change = attacks["random signs"] - x
-    assert torch.allclose(change.abs(), torch.full_like(x, 0.1))
-    assert 0.45 < (change > 0).double().mean() < 0.55
+def test_random_signs_change_every_value_by_eps_within_0_and_1_half_of_them_upwards():
+    x = torch.tensor([0.05, 0.95]).expand(10, 3, 32, 2)
+    attacked = saliency.all_attacks(x, torch.zeros_like(x), eps=0.1)["random signs"]
+    values, counts = attacked.unique(return_counts=True)
+    assert values.tolist() == pytest.approx([0, 0.15, 0.85, 1])
+    assert counts.tolist() == pytest.approx([480] * 4, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["sign step", "scaled Jacobian", "random signs", "four steps"])
-def test_an_attack_stays_within_eps_and_within_0_and_1(name):
-    model = small_network()
+def test_small_steps_stay_within_eps_and_within_0_and_1():
     x, target = small_images(3)
-    gradient, _ = saliency.calculate_jacobian(model, x, target)
-    attacks = saliency.all_attacks(x, gradient, 0.1)
-    attacks["four steps"] = saliency.adversarial_example(model, x, target, 0.1, steps=4)
-    assert (attacks[name] - x).abs().max() < 0.1 + 1e-12
-    assert torch.equal(attacks[name], attacks[name].clamp(0, 1))
+    attacked = saliency.adversarial_example(small_network(), x, target, 0.1, steps=4)
+    assert (attacked - x).abs().max() < 0.1 + 1e-12
+    assert torch.equal(attacked, attacked.clamp(0, 1))
 
 
 def test_ten_small_steps_increase_the_loss_further_than_one_large_step():
@@ -1751,7 +1646,7 @@ def test_pointing_is_compared_with_the_middle_pixel_and_with_the_shape_of_anothe
     assert table["middle pixel"] == (0.5, 0.5, 0.5)
 
 
-def test_saliency_is_as_large_in_the_gaps_of_a_shape_as_on_it_and_half_as_large_outside():
+def test_saliency_is_larger_in_the_gaps_of_a_shape_than_on_it_and_half_as_large_outside():
     model = saliency.load_model(os.path.join(HERE, "assets", "saliency.pt")).eval()
     images, labels, masks = saliency.make_images(200, upright=True)
     gradient, _ = saliency.calculate_jacobian(model, images, labels)
@@ -1766,6 +1661,34 @@ def test_saliency_is_as_large_in_the_gaps_of_a_shape_as_on_it_and_half_as_large_
         outside = (near & ~masks & (distance > 9))[of_class]
         assert maps[of_class][:, gap].mean() > on_shape
         assert maps[of_class][outside].mean() < 0.7 * on_shape
+
+
+def test_the_most_salient_pixel_is_on_the_shape_or_in_its_gaps():
+    model = saliency.load_model(os.path.join(HERE, "assets", "saliency.pt")).eval()
+    images, labels, masks = saliency.make_images(200, upright=True)
+    gradient, _ = saliency.calculate_jacobian(model, images, labels)
+    best = saliency.saliency_map(gradient).flatten(1).argmax(dim=1)
+    u, v = saliency.coordinates(16.0, 16.0, torch.zeros(1))
+    inside = (torch.hypot(u, v) < 9.7).flatten()[best]              # no shape is larger
+    on_shape = masks.flatten(1)[torch.arange(200), best]
+    assert inside.float().mean() > 0.95
+    assert 0.3 < on_shape.float().mean() < 0.7
+
+
+def test_the_sign_step_increases_the_log_odds_as_predicted_but_not_the_loss():
+    model = saliency.load_model(os.path.join(HERE, "assets", "saliency.pt")).eval()
+    x, y, _ = saliency.make_images(200)
+    gradient, logits = saliency.calculate_jacobian(model, x, y)
+    loss = saliency.cross_entropy(logits, y)
+    attacked_loss = saliency.cross_entropy(model(saliency.sign_step(x, gradient, 8 / 255)), y)
+    log_odds = loss.expm1().log()                                   # loss = log(1 + e^z)
+    increase = attacked_loss.expm1().log() - log_odds
+    predicted_loss = 8 / 255 * gradient.abs().sum(dim=(1, 2, 3))
+    predicted = predicted_loss / (1 - torch.exp(-loss))             # the loss has slope 1 - p
+    assert log_odds.median().item() == pytest.approx(-7.8, abs=0.8)
+    assert increase.median().item() == pytest.approx(7.7, abs=0.8)
+    assert predicted.median().item() == pytest.approx(increase.median().item(), rel=0.1)
+    assert (attacked_loss - loss).median() > 20 * predicted_loss.median()
 
 
 def test_strong_noise_and_its_opposite_both_increase_the_loss():
@@ -1804,7 +1727,6 @@ def test_the_untrained_gradient_near_the_shape_is_no_larger_but_varies_more():
 # saliency.py: the script, and photographs
 @pytest.fixture(scope="module")
 def short_saliency_training(tmp_path_factory):
-    """The output and the folder of a short training."""
     folder = tmp_path_factory.mktemp("saliency")
     _, output = run("saliency.py", "--steps", 3, "--batch_size", 8, "--n_images", 20,
                     "--out_dir", folder)
@@ -1857,7 +1779,6 @@ def test_resnet18_has_the_outputs_of_torchvision_with_equal_weights():
 
 @pytest.mark.parametrize("mode, file_format, color, expected", [
     ("RGB", "PNG", (204, 102, 51), (0.8, 0.4, 0.2)),
-    ("RGB", "JPEG", (204, 102, 51), (0.8, 0.4, 0.2)),
     ("RGB", "GIF", (204, 102, 51), (0.8, 0.4, 0.2)),  # has a palette
     ("RGBA", "PNG", (204, 102, 51, 127), (0.9, 0.7, 0.6)),  # half transparent, on white
     ("L", "JPEG", 51, (0.2, 0.2, 0.2)),  # gray
@@ -1892,22 +1813,6 @@ def test_an_unreadable_image_is_one_sentence(tmp_path):
             saliency.read_image(path)
 
 
-@pytest.mark.parametrize("load", [saliency.load_model, saliency.load_resnet18])
-@pytest.mark.parametrize("content", ["another network", "half a file", "text", "nothing"])
-def test_weights_that_do_not_fit_are_one_sentence(load, content, tmp_path):
-    path = tmp_path / "weights.pth"
-    if content in ("another network", "half a file"):
-        torch.save(small_network().state_dict(), path)
-    if content == "half a file":
-        os.truncate(path, path.stat().st_size // 2)
-    if content == "text":
-        path.write_text("<html>not found</html>")
-    with pytest.raises(SystemExit) as stop:
-        load(path)
-    assert str(path) in stop.value.code
-    assert "\n" not in stop.value.code
-
-
 @pytest.mark.parametrize("image, accuracy", [(["a.png", "a.png"], "1.0000"), (None, "0.5000")])
 def test_photographs_have_the_labels_of_imagenet_and_your_own_the_predicted_class(
         image, accuracy, tmp_path, monkeypatch):
@@ -1935,6 +1840,7 @@ NO_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
 @pytest.mark.parametrize("script, options, message", [
     ("attention.py", "--lr nan", "argument --lr: invalid positive float value: 'nan'"),
     ("attention.py", f"--device {NO_DEVICE}", "no such device on this machine"),
+    ("parity.py", "--n_layers -1", "--n_layers -1: 0 or more are needed"),
     ("counting.py", "--sequence=0,1,3", "--sequence: expected 1 to 10 digits from 0 to 2"),
     ("counting.py", f"--sequence={'0,' * 11}", "--sequence: expected 1 to 10 digits from 0 to 2"),
     ("translate.py", "--line 209774", "--line 209774: toy has lines 1 to 209773"),
@@ -1955,6 +1861,13 @@ def test_a_likely_mistake_gives_one_clear_sentence_and_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
+def bytes_of(content):
+    """What torch.save writes."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
 class Code:
     """What a pickle can contain: a function call, executed when the file is loaded."""
 
@@ -1962,41 +1875,38 @@ class Code:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.parametrize("script, option, name", [
-    ("counting.py", "--sequence=0", "counting_sigmoid.pt"),
-    ("translate.py", "--line=7", "translate_toy.pt"),
-    ("saliency.py", "--load=saliency.pt", "saliency.pt")])
-def test_weights_that_contain_code_are_refused_and_not_executed(
-        script, option, name, tmp_path, monkeypatch):
+NO_WEIGHTS = {
+    "nothing": b"",
+    "text": b"<html>not found</html>",
+    "half a file": bytes_of(torch.ones(999))[:1000],
+    "another network": bytes_of(nn.Linear(2, 2).state_dict()),
+    "code": bytes_of(Code()),
+}
+
+
+@pytest.mark.parametrize("content", NO_WEIGHTS.values(), ids=NO_WEIGHTS)
+@pytest.mark.parametrize("load", [
+    lambda path: counting.load(path, {}),
+    lambda path: translate.load_model("toy", path.parent, "cpu"),
+    saliency.load_model, saliency.load_resnet18])
+def test_a_file_without_weights_is_named_in_one_sentence_and_neither_changed_nor_executed(
+        load, content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save(Code(), name)
-    with pytest.raises(SystemExit, match=name):
-        run(script, option, "--out_dir", tmp_path)
-    assert not os.path.exists("executed")
+    path = tmp_path / "translate_toy.pt"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit, match=f".*{path}.*(: delete it|: --load|: --weights).*$"):
+        load(path)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [content]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_import_torch_matplotlib_the_standard_library_and_five_shared_names(script):
-    modules = set()
-    shared = set()
-    for node in ast.walk(ast.parse(read(script))):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name.split(".")[0] for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            modules.add(node.module.split(".")[0])
-            if node.module == "attention":
-                shared |= {alias.name for alias in node.names}
-    assert modules - set(sys.stdlib_module_names) <= {"torch", "matplotlib", "attention"}
-    assert shared <= {"attention", "plot_attention", "parse_args", "positive", "download"}
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_heading_is_a_ruler_of_100_columns_and_a_title_that_starts_with_a_capital(script):
-    headings = re.findall(r"^(# ---.*)\n(.*)", read(script), re.M)
-    assert len(headings) > 2
-    for ruler, title in headings:
-        assert ruler == "# " + "-" * 98
-        assert re.match(r"# [A-Z]", title)
+    imports = re.findall(r"^ *(?:import|from) (\w+)(.*)", read(script), re.M)
+    shared = {"attention", "plot_attention", "parse_args", "positive", "download"}
+    for module, rest in imports:
+        assert module in {*sys.stdlib_module_names, "torch", "matplotlib", "attention"}
+        if module == "attention":
+            assert set(re.findall(r"\w+", rest)) <= {"import", *shared}
 
 
 def readme_outputs():
@@ -2010,12 +1920,10 @@ def readme_outputs():
 
 
 def words_and_numbers(line):
-    """The words of a line, and its decimal numbers but for the seconds."""
-    line = re.sub(r"seconds=\S+", "", line)
-    line = re.sub(r"/\d+:", ":", line)  # in "step 0/650:", tests train fewer steps
-    numbers = re.findall(r"-?\d+\.\d+", line)
-    words = re.sub(r"-?\d+\.\d+", "number", line).split()
-    return words, [float(number) for number in numbers]
+    """The text of a line, and its decimal numbers but for the seconds."""
+    line = re.sub(r"seconds=\S+|/\d+:", "", line)  # "step 0/650:": tests train fewer steps
+    parts = re.split(r"(-?\d+\.\d+)", " ".join(line.split()))
+    return parts[::2], [float(number) for number in parts[1::2]]
 
 
 def assert_printed(lines, output):
@@ -2078,8 +1986,6 @@ def test_the_attention_function_of_the_readme_is_that_of_attention_py():
     code = re.search(r"```python\n(.*?)```", read("README.md"), re.S)[1]
     names = {"math": math}
     exec(code, names)
-    q = torch.randn(3, 4)
-    k = torch.randn(5, 4)
-    v = torch.randn(5, 2)
-    for ours, theirs in zip(names["attention"](q, k, v), attention(q, k, v)):
+    inputs = queries_keys_values()
+    for ours, theirs in zip(names["attention"](*inputs), attention(*inputs)):
         assert torch.allclose(ours, theirs, atol=1e-6)
