@@ -68,7 +68,9 @@ def result_of(output):
     """The numbers of the result line, which is the last one."""
     last = output.splitlines()[-1]
     assert last.startswith("result: ")
-    return {key: float(value) for key, value in re.findall(r"(\w+)=(\S+)", last)}
+    numbers = {key: float(value) for key, value in re.findall(r"(\w+)=(\S+)", last)}
+    assert numbers.get("seconds", 0) < 600
+    return numbers
 
 
 def logged_steps(output):
