@@ -159,11 +159,11 @@ def train(args, activation, all_lengths=True, verbose=False):
 # --------------------------------------------------------------------------------------------------
 # What it has learned
 #
-# The weights. The default run prints them: each query gives its own digit a weight of 0.41 to 0.43
-# and every other digit 0.01. Why not 1 and 0? Only weight * value enters the sum. Weights half as
-# large with values twice as large give the same sum, so the loss does not prefer 1. The other
-# digits must get almost nothing, because a 1 in the sequence must not change the number of 0s. But
-# a sigmoid is exactly 0 only for a score of minus infinity.
+# The weights. The default run prints them: each query gives its own digit a weight of 0.32 to 0.39
+# and every other digit at most 0.01. Why not 1 and 0? Only weight * value enters the sum. Weights
+# half as large with values twice as large give the same sum, so the loss does not prefer 1. The
+# other digits must get almost nothing, because a 1 in the sequence must not change the number of
+# 0s. But a sigmoid is exactly 0 only for a score of minus infinity.
 #
 # The count. How does it get through LayerNorm and a single linear layer? If the query for 0 attends
 # to 0s alone, the vector before LayerNorm is
@@ -174,7 +174,7 @@ def train(args, activation, all_lengths=True, verbose=False):
 # (before LayerNorm's learned scale and bias). They are points on a sphere, at these angles to the
 # vector of count 0 (default run, the other digits are 1s):
 #     count     0    1    2    3    4    5    6    7    8    9   10
-#     angle     0    7   19   39   70   98  116  127  133  137  140
+#     angle     0    6   17   37   70  102  121  132  138  142  144
 # The steps are no longer equal, but no two points coincide, and that is enough for a linear layer.
 # Let each row of `out` point at the vector of one count, all rows equally long. Then the row of the
 # true count has the largest dot product with the vector, so its logit is the largest. Long rows

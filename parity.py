@@ -6,8 +6,8 @@ find the smallest classifier that can.
     0 1 1 0 1 0 0 1 0 0  ->  four ones: even
 
 Parity looks trivial, but it is hard to learn. Flipping any single bit flips the label, so nine bits
-say nothing about the label without the tenth. The loss stays at that of a coin flip for a hundred
-steps, and then falls to almost zero within another hundred or two, with some peaks.
+say nothing about the label without the tenth. The loss stays at that of a coin flip for about
+ninety steps, and then falls to almost zero within another hundred or two, with some peaks.
 
 The model has no position embeddings (it is not told where a bit stands), and its tokens interact
 only through means, so it sees only the fraction of ones; the comment at the classifier says why. To
@@ -681,7 +681,7 @@ if __name__ == "__main__":
     accuracy_val = (answers == y[n_train:]).float().mean().item()
     accuracy_all, correct, _ = exact_accuracy(model, args.seq_len)
     wrong = (~correct).nonzero().flatten().tolist()
-    print(f"step {step + 1}/{args.steps}: wrong numbers of ones: {wrong}")
+    print(f"step {step + 1}/{args.steps}: wrong for these numbers of ones: {wrong}")
     path = os.path.join(args.out_dir, "parity.pt")
     torch.save({"sizes": sizes, "steps": step + 1, "weights": model.state_dict()}, path)
     print(f"saved {path}")
