@@ -129,7 +129,7 @@ def attention(q, k, v, mask=None, activation="softmax"):
 # Each query is one of the keys, rotated by an unknown rotation, plus noise, so the largest dot
 # product is rarely that of the right key. Two linear maps learn to undo the rotation. (One would be
 # enough, because the scores contain only the product of their matrices. Attention usually has
-# both.) Every batch has new random keys, so the model cannot memorize them: it has to learn how to
+# both.) Every batch has new random keys, and so has the test, so what the maps learn is how to
 # compare. The values are one-hot vectors, so the output is equal to the weights: a probability for
 # each key.
 class DifferentiableDictionary(nn.Module):

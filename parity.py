@@ -623,8 +623,8 @@ if __name__ == "__main__":
     # of fewer than T bits. Each product leaves out a bit, and flipping that bit flips the parity
     # but not the product, so the strings cancel in pairs.) So the best that such a function can do
     # is f = 0, the coin flip, and the gradient is almost zero: its norm falls from 0.1 to 0.003.
-    # The noise of a batch of 64 is more than 30 times as large, so by default a batch is the whole
-    # training set.
+    # There the noise of a batch of 64 is more than 30 times as large, so by default a batch is the
+    # whole training set.
     # Why beta2 is 0.9: when the plateau ends, the norm of the gradient grows from 0.003 to 0.9
     # within 20 steps. Adam divides the gradient by the root of the mean of its squares. With 0.9
     # this mean covers about ten steps and follows. The default of 0.999 would cover all steps so

@@ -408,7 +408,7 @@ def make_images(n, upright=False):
 #   it only half of the time. Nearly all others are in the gaps of the shape (inside the triangle,
 #   in the slot of the screw, in the notches of the cross). Saliency shows where a *change* matters,
 #   and in the gaps it is at least as large as on the shape: painting the slot of the screw would
-#   make it a disc. Near the shape but outside, it is only about half as large. saliency_mean.png
+#   make it a disc. Near the shape but outside, it is at most about half as large. saliency_mean.png
 #   shows such places.
 # - Middle pixel. All shapes are near the middle of the image, so this constant answer is right in
 #   93% of the images. The last column takes this into account. It compares the same maps with the

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import gzip
 import hashlib
+import inspect
 import io
 import itertools
 import math
@@ -179,6 +180,14 @@ def test_the_dictionary_learns_to_compare(tmp_path):
     assert (tmp_path / "attention_dictionary.png").exists()
 
 
+def test_the_accuracy_of_the_dictionary_is_that_of_1000_new_dictionaries(tmp_path):
+    values, _ = run("attention.py", "--steps", 1, "--out_dir", tmp_path)
+    output, _ = values["model"](values["test_query"], values["test_key"], values["value"])
+    right = output.argmax(dim=-1) == values["test_target"]
+    assert right.shape == (1000, 12)
+    assert values["accuracy"] == pytest.approx(right.float().mean().item())
+
+
 def test_the_formula_keeps_all_weights_and_the_fused_kernel_does_not():
     _, memory = attention_script.benchmark("cpu", [128, 256])
     # MiB for 4 heads: T x T weights and T x 64 scaled queries of 4 bytes
@@ -316,10 +325,23 @@ def short_training(tmp_path_factory):
     return values, output, folder
 
 
+def test_parity_is_uncorrelated_with_every_power_of_the_count_below_the_length():
+    for power in range(10):
+        assert sum(math.comb(10, c) * (-1) ** c * c ** power for c in range(11)) == 0
+    assert sum(math.comb(10, c) * (-1) ** c * c ** 10 for c in range(11)) != 0
+
+
 def test_a_short_training_learns_parity(short_training):
     result = result_of(short_training[1])
     assert result["accuracy_val"] == 1
     assert result["accuracy_all"] == 1
+
+
+def test_a_training_ends_with_the_numbers_of_ones_that_it_gets_wrong(tmp_path):
+    values, output = run("parity.py", "--seq_len", 4, "--steps", 1, "--out_dir", tmp_path)
+    _, correct, _ = parity.exact_accuracy(values["model"], 4)
+    wrong = [c for c in range(5) if not correct[c]]
+    assert f"wrong for these numbers of ones: {wrong}\n" in output
 
 
 def test_a_training_logs_every_50_steps_and_its_last_one(short_training):
@@ -415,6 +437,23 @@ def test_the_search_ignores_the_counts_that_may_be_wrong(monkeypatch):
 
     monkeypatch.setattr(parity, "search", search)
     parity.find_network(2, 0, [0], seq_len=2)
+
+
+def test_a_network_that_is_right_only_in_float32_is_searched_again(monkeypatch):
+    tries = []
+
+    def search(*_):
+        tries.append(1)
+        return torch.ones(2), torch.ones(2), torch.ones(3)
+
+    def check_on_all_strings(model, _):
+        n_right = 4 if model.classifier[0].weight.dtype == torch.float32 else 0
+        return n_right, 0.0
+
+    monkeypatch.setattr(parity, "search", search)
+    monkeypatch.setattr(parity, "check_on_all_strings", check_on_all_strings)
+    parity.find_network(2, 0, [], seq_len=2, n_tries=3)
+    assert len(tries) == 3
 
 
 def test_the_sweep_finds_saves_and_draws_networks(tmp_path, capsys):
@@ -632,6 +671,24 @@ def test_a_short_training_counts_right_at_all_lengths(counted):
     assert logged_steps(output) == [0, 200]
 
 
+def test_the_scores_are_those_of_each_length(tmp_path):
+    options = ["--sequence_length", 4, "--steps", 100]
+    values, _ = run("counting.py", *options, "--out_dir", tmp_path)
+    expected = []
+    for length in (1, 2, 3, 4):
+        sequences = counting.all_sequences(length, 3)
+        expected.append(counting.accuracy(values["model"], sequences, 3))
+    assert values["scores"] == expected
+    assert len(set(expected)) == 4
+
+
+def test_the_angles_are_printed_for_each_other_digit(counted):
+    _, values, output = counted
+    for other in (1, 2):
+        degrees = [f"{angle:.0f}" for angle in counting.angles(values["model"], other, 5)]
+        assert f"the rest {other}s: {' '.join(degrees)}\n" in output
+
+
 def test_each_query_attends_to_its_own_digit(counted):
     weights = counted[1]["weights"][0]  # one query a row, one digit a column
     own = weights.diagonal()
@@ -750,11 +807,16 @@ def test_compare_returns_the_means_of_three_seeds_trained_at_all_lengths_and_sho
     assert shown[3] == (1017, "softmax, trained at lengths 1-4")
 
 
-def test_compare_prints_a_row_for_each_training(tmp_path):
-    options = ["--sequence_length", 3, "--steps", 2, "--compare"]
-    _, output = run("counting.py", *options, "--out_dir", tmp_path)
-    assert output.count("| 0 of 3 seeds\n") == 4
-    assert set(result_of(output)) == {"accuracy_all", "accuracy_all_softmax", "seconds"}
+def test_a_row_of_compare_has_means_and_how_many_seeds_are_all_right_at_full_length(
+        monkeypatch, tmp_path, capsys):
+    def accuracy(seed, digits, V):
+        return 1.0 if seed == 1 or len(digits[0]) < 4 else 0.4
+
+    monkeypatch.setattr(counting, "train", lambda *_: torch.initial_seed())
+    monkeypatch.setattr(counting, "accuracy", accuracy)
+    monkeypatch.setattr(counting, "show_counts", lambda *_: None)
+    counting.compare(training_options(seed=0, out_dir=str(tmp_path)), [0, 1, 2])
+    assert capsys.readouterr().out.count("| 1.000 1.000 1.000 0.600 | 1 of 3 seeds\n") == 4
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1327,6 +1389,69 @@ def test_a_line_that_is_too_long_is_not_drawn(trained, pairs_file):
     assert "saved" not in output
 
 
+def test_the_result_is_that_of_the_validation_part(tmp_path):
+    english = {"train": "one two three four five", "val": "one two three four six", "test": "six"}
+    lines = []
+    for n in range(200):
+        german = f"Satz {n}"
+        lines.append(f"{english[translate.part_of(german)]}\t{german}\n")
+    (tmp_path / "pairs.tsv").write_text("".join(lines))
+    _, output = run("translate.py", *TINY, "--data", tmp_path / "pairs.tsv", "--out_dir", tmp_path)
+    assert result_of(output)["bleu"] == pytest.approx(66.87, abs=0.01)  # train would be 100
+
+
+def test_the_logged_validation_loss_is_that_of_the_validation_part_without_dropout(
+        trained, pairs_file):
+    folder, values, _ = trained
+    _, tokenizer = translate.load_model(str(pairs_file), folder, "cpu")
+    examples = translate.encode_pairs(tokenizer, translate.load_pairs(str(pairs_file), "val"))
+    loss = translate.validation_loss(values["net"].eval(), examples, "cpu")
+    assert values["val_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_weights_are_saved_and_evaluated_in_half_precision(trained):
+    folder, values, _ = trained
+    saved = torch.load(folder / "translate_pairs.tsv.pt", weights_only=True)
+    for name, parameter in values["model"].named_parameters():
+        assert saved["weights"][name].dtype == torch.float16
+        assert torch.equal(saved["weights"][name].float(), parameter)
+
+
+def test_the_loss_of_training_is_the_smoothed_mean_over_all_targets(pairs_file, tmp_path):
+    options = [*TINY, "--dropout", 0, "--steps", 1, "--lr", 1e-30]      # the weights stay
+    values, _ = run("translate.py", *options, "--data", pairs_file, "--out_dir", tmp_path)
+    n_targets = sum(len(tgt) - 1 for _, tgt in values["batch"])
+    loss = translate.batch_loss(values["net"], values["batch"], "cpu", 0.1) / n_targets
+    assert values["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_norm_of_the_gradient_is_limited_to_1(pairs_file, tmp_path):
+    options = [*TINY, "--steps", 1, "--d_model", 64, "--data", pairs_file, "--out_dir", tmp_path]
+    values, _ = run("translate.py", *options)
+    assert values["grad_norm"] > 1.1
+    norms = torch.stack([p.grad.norm() for p in values["net"].parameters()])
+    assert norms.norm().item() == pytest.approx(1, rel=1e-3)
+
+
+def test_adam_has_the_betas_and_eps_of_the_paper(trained):
+    group = trained[1]["optimizer"].param_groups[0]
+    assert (group["betas"], group["eps"]) == ((0.9, 0.98), 1e-9)
+
+
+def test_a_save_that_is_interrupted_keeps_the_old_file(monkeypatch, tmp_path):
+    path = tmp_path / "weights"
+    path.write_text("old")
+
+    def interrupted(content, path):
+        with open(path, "w"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        translate.save({}, str(path))
+    assert path.read_text() == "old"
+
+
 @pytest.fixture(scope="module")
 def killed(pairs_file, tmp_path_factory):
     """The folder of a training that was killed and had finished weights of an earlier one."""
@@ -1345,10 +1470,19 @@ def test_an_unfinished_training_keeps_the_finished_weights(killed):
 
 @pytest.mark.parametrize("options, message", [
     ([], "holds an unfinished run: continue it with --resume"),
-    (["--resume", "--lr", "0.5"], "cannot resume: .* was made with")])
+    (["--resume", "--lr", "0.5"], "cannot resume: .* was made with lr 0.01, not 0.5$"),
+    (["--resume", "--seed", "1"], "cannot resume: .* was made with seed 0, not 1$")])
 def test_an_unfinished_training_is_only_continued_as_it_was(killed, pairs_file, options, message):
     with pytest.raises(SystemExit, match=message):
         run("translate.py", *TINY, "--data", pairs_file, "--out_dir", killed, *options)
+
+
+def test_an_unfinished_training_is_not_continued_with_other_sentences(
+        killed, pairs_file, tmp_path):
+    other = tmp_path / "pairs.tsv"
+    other.write_text(pairs_file.read_text(encoding="utf-8") + "\nHi.\tStimmt!", encoding="utf-8")
+    with pytest.raises(SystemExit, match="checksum of the data"):
+        run("translate.py", *TINY, "--data", other, "--out_dir", killed, "--resume")
 
 
 def test_a_killed_training_is_resumed_bit_for_bit(killed, trained, pairs_file):
@@ -1426,6 +1560,33 @@ def test_a_line_is_drawn(tmp_path):
 @pytest.mark.parametrize("data", ["toy", "tatoeba", "multi30k"])
 def test_the_shipped_weights_have_at_most_8_mb(data):
     assert os.path.getsize(os.path.join(HERE, "assets", f"translate_{data}.pt")) <= 8_000_000
+
+
+def test_more_texts_than_a_batch_holds_are_all_translated(toy_model):
+    texts = ["Den Vogel weckt der Fuchs."] * 66
+    assert translate.translate(*toy_model, texts, beam=1) == ["The fox wakes the bird."] * 66
+
+
+def test_a_row_of_the_heatmap_is_named_after_the_token_that_it_produces(toy_model, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(translate, "plot_attention", lambda *args, **_: drawn.extend(args))
+    translate.plot_cross_attention(*toy_model, "Den Hund jagt die Katze.", 1, "")
+    assert drawn[1] == ["den", "_hund", "_jagt", "_die", "_katze", ".", "<eos>"]
+    assert drawn[2] == ["The", "_cat", "_chases", "_the", "_dog", ".", "<eos>"]
+
+
+def test_the_best_head_is_chosen_on_the_validation_part_and_scored_on_the_test_part(
+        monkeypatch, tmp_path):
+    accuracies = {"val": [[[0.1, 0.9]], [[0, 0]]], "test": [[[0.8, 0.7]], [[0, 0]]]}
+    half = torch.tensor(0.5)
+
+    def alignment_accuracy(model, tokenizer, part):
+        return torch.tensor(accuracies[part]), half, half
+
+    monkeypatch.setattr(translate, "toy_lines", lambda part, _: part)
+    monkeypatch.setattr(translate, "gradient_accuracy", lambda *_: half)
+    monkeypatch.setattr(translate, "alignment_accuracy", alignment_accuracy)
+    assert translate.test_alignment(None, None, tmp_path)[0] == pytest.approx(0.7)
 
 
 def test_captions_come_out_right(tmp_path):
@@ -1735,6 +1896,48 @@ def short_saliency_training(tmp_path_factory):
     return output, folder
 
 
+def test_a_training_is_adamw_on_new_images_with_a_rate_that_rises_for_15_percent(tmp_path):
+    values, _ = run("saliency.py", "--steps", 20, "--batch_size", 8, "--n_images", 20,
+                    "--out_dir", tmp_path)
+    torch.manual_seed(0)
+    saliency.make_images(20)
+    model = saliency.small_resnet(4).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=1e-4)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=20,
+                                                    pct_start=0.15, cycle_momentum=False)
+    for _ in range(20):
+        x, y, _ = saliency.make_images(8)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        scheduler.step()
+    for ours, expected in zip(values["model"].parameters(), model.parameters()):
+        assert torch.allclose(ours, expected, atol=1e-4)
+
+
+def test_the_three_adversarial_examples_fool_the_network(tmp_path):
+    weights = os.path.join(HERE, "assets", "saliency.pt")
+    values, _ = run("saliency.py", "--load", weights, "--n_images", 40, "--out_dir", tmp_path)
+    x, y, attacked = [values[name][values["chosen"]] for name in ("x", "y", "adversarial")]
+    assert saliency.is_correct(values["model"], x, y).tolist() == [True] * 3
+    assert saliency.is_correct(values["model"], attacked, y).tolist() == [False] * 3
+
+
+def test_the_circle_is_at_the_most_salient_pixel_of_each_image(monkeypatch):
+    class Model(nn.Module):  # looks at one pixel, in bright images at another
+        def forward(self, x):
+            return torch.where(x.mean(dim=(2, 3)) > 0.5, x[:, :, 7, 1], x[:, :, 2, 5])
+
+    x = torch.stack([torch.full((3, 9, 9), 0.2), torch.full((3, 9, 9), 0.8)])
+    figures = []
+    monkeypatch.setattr(saliency.plt, "close", figures.append)
+    saliency.plot_samples(Model(), x, torch.tensor([0, 1]), ["a", "b"], ["r", "g", "b"],
+                          io.BytesIO())
+    axes = figures[0].axes
+    circles = [axes[i].collections[0].get_offsets().tolist() for i in (2, 6)]
+    assert circles == [[[5, 2]], [[1, 7]]]
+
+
 def test_the_loss_of_step_0_is_nearly_that_of_a_uniform_prediction(short_saliency_training):
     output, _ = short_saliency_training
     loss, uniform = re.findall(r"\d\.\d+", output.splitlines()[0])
@@ -1966,7 +2169,7 @@ def test_the_options_in_the_readme_exist():
     commands = re.findall(r"(\w+\.py) +(-[^`\n|]*)", read("README.md"))
     assert len(commands) > 5
     for script, options in commands:
-        source = read(script) + read("attention.py")
+        source = read(script) + inspect.getsource(attention_script.parse_args)
         for name in re.findall(r"--(\w+)", options):
             assert re.search(rf'"(--)?{name}"', source), (script, name)
 
