@@ -202,6 +202,15 @@ def drawn(monkeypatch, *arguments, **options):
     return figures[0].axes
 
 
+def test_a_heatmap_names_the_keys_below_and_the_queries_of_each_panel_beside_it(monkeypatch):
+    rows = [list("wx"), list("yz")]
+    axes = drawn(monkeypatch, torch.rand(2, 2, 3), list("abc"), rows, titles=["one", "two"])
+    for axis, title, queries in zip(axes, ["one", "two"], rows):
+        assert [label.get_text() for label in axis.get_xticklabels()] == list("abc")
+        assert [label.get_text() for label in axis.get_yticklabels()] == queries
+        assert (axis.get_title(), axis.get_xlabel(), axis.get_ylabel()) == (title, "key", "query")
+
+
 def test_marks_are_dots_in_the_cells_that_are_true(monkeypatch):
     marks = torch.zeros(2, 3, 4).bool()
     marks[1, 2, 0] = True
@@ -641,7 +650,8 @@ def test_all_sequences_are_all_sequences():
     assert counting.all_sequences(1, 3).tolist() == [[0], [1], [2]]
 
 
-def test_of_too_many_sequences_there_is_a_sample():
+def test_of_too_many_sequences_there_is_a_sample_with_all_digits():
+    assert counting.all_sequences(10, 10).unique().tolist() == list(range(10))
     assert counting.all_sequences(10, 10).shape == (20_000, 10)
 
 
@@ -1022,9 +1032,10 @@ def test_a_bad_text_file_gives_one_clear_sentence(content, message, tmp_path):
         translate.load_pairs(path, "test")
 
 
-def test_each_part_gets_its_fraction_of_the_sentences():
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_each_held_out_part_gets_a_32nd_of_the_sentences(part):
     parts = collections.Counter(translate.part_of(f"Satz {n}") for n in range(32_000))
-    assert parts["test"] == pytest.approx(1000, abs=150)
+    assert parts[part] == pytest.approx(1000, abs=150)
 
 
 PAIRS = [
@@ -1199,6 +1210,7 @@ def test_a_text_that_is_too_long_is_named_and_the_others_are_translated(toy_mode
     (["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."],
      ["The dog bit the man.", "It was not unexpected.", "The man bit him first."], 45.067506),
     (["x y z w v"], ["x y z w"], 66.874030),  # no bonus for length
+    (["the the the the the"], ["the cat sat on the"], 12.703318),  # "the" counts twice
     (["x y z w"], ["a b c d"], 0.0),
     (["x y z"], ["x y z"], 0.0),
     (["x b c d e"], ["a b q d e"], 23.643540),
