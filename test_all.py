@@ -1927,9 +1927,15 @@ def test_a_training_is_adamw_on_new_images_with_a_rate_that_rises_for_15_percent
         assert torch.allclose(ours, expected, atol=1e-4)
 
 
-def test_the_three_adversarial_examples_fool_the_network(tmp_path):
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """A run with the shipped weights: the script's globals and what it printed."""
     weights = os.path.join(HERE, "assets", "saliency.pt")
-    values, _ = run("saliency.py", "--load", weights, "--n_images", 40, "--out_dir", tmp_path)
+    return run("saliency.py", "--load", weights, "--out_dir", tmp_path_factory.mktemp("loaded"))
+
+
+def test_the_three_adversarial_examples_fool_the_network(loaded):
+    values, _ = loaded
     x, y, attacked = [values[name][values["chosen"]] for name in ("x", "y", "adversarial")]
     assert saliency.is_correct(values["model"], x, y).tolist() == [True] * 3
     assert saliency.is_correct(values["model"], attacked, y).tolist() == [False] * 3
@@ -2161,11 +2167,9 @@ def test_the_readme_shows_how_the_training_starts(script, tmp_path):
     assert_printed(lines[:lines.index(start[0]) + 1], output)
 
 
-def test_the_readme_shows_the_results_of_the_shipped_weights_of_saliency(tmp_path):
-    weights = os.path.join(HERE, "assets", "saliency.pt")
-    _, output = run("saliency.py", "--load", weights, "--out_dir", tmp_path)
+def test_the_readme_shows_the_results_of_the_shipped_weights_of_saliency(loaded):
     lines = readme_outputs()["saliency.py --load assets/saliency.pt"]
-    assert_printed(lines, output)
+    assert_printed(lines, loaded[1])
 
 
 TRANSLATIONS = [options for options in readme_outputs() if re.search("--(line|text)", options)]
