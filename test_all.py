@@ -17,6 +17,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -1497,12 +1498,13 @@ def test_an_unfinished_training_is_not_continued_with_other_sentences(
         run("translate.py", *TINY, "--data", other, "--out_dir", killed, "--resume")
 
 
-def test_a_killed_training_is_resumed_bit_for_bit(killed, trained, pairs_file):
-    values, _ = run("translate.py", *TINY, "--data", pairs_file, "--out_dir", killed, "--resume")
+def test_a_killed_training_is_resumed_bit_for_bit(killed, trained, pairs_file, tmp_path):
+    folder = shutil.copytree(killed, tmp_path / "copy")
+    values, _ = run("translate.py", *TINY, "--data", pairs_file, "--out_dir", folder, "--resume")
     assert values["first_step"] >= 18
-    assert os.listdir(killed) == ["translate_pairs.tsv.pt"]     # no checkpoint
+    assert os.listdir(folder) == ["translate_pairs.tsv.pt"]     # no checkpoint
     whole = (trained[0] / "translate_pairs.tsv.pt").read_bytes()
-    assert (killed / "translate_pairs.tsv.pt").read_bytes() == whole
+    assert (folder / "translate_pairs.tsv.pt").read_bytes() == whole
 
 
 def test_two_processes_have_the_gradients_of_one(pairs_file, tmp_path, monkeypatch):
