@@ -260,9 +260,9 @@ def load(path, sizes):
 # What does it learn then, trained at all lengths? Its queries attend to the right digits, but it
 # has one answer for each fraction of 0s. If half of the digits are 0s, length 10 asks for 5, and
 # length 4 asks for 2. Training settles on a compromise, about 6 times the fraction, because the
-# shorter sequences pull the answer down. (With --activation softmax, "0 1", "0 0 0 1 1
-# 1" and "0 0 0 0 0 1 1 1 1 1" all get the counts 3 3 0.) Near length 6 this is right, so many
-# sequences of lengths 5 to 7 come out right, and no others.
+# shorter sequences pull the answer down. (With --activation softmax, the counts
+# 3 3 0 are the answer to "0 0 0 1 1 1", but also to "0 1" and to "0 0 0 0 0 1 1 1 1 1".) Near
+# length 6 this is right, so many sequences of lengths 5 to 7 come out right, and hardly any others.
 #
 # Trained at length 10 only, softmax can count by fractions, because 0.3 always means 3. Even that
 # needs LayerNorm and short queries (see the appendix). It is often right at length 9, too, because

@@ -129,8 +129,8 @@ def scale_to_1(gradient):
 #
 # How small is small? The loss is log(1 + e^z) (see cross_entropy), a curve. z itself is nearly
 # linear along this step, and its gradient has the same signs. At eps = 8/255 the gradient predicts
-# that z increases by 7.7, and it increases by 7.7 (medians of 500 images). Before, z is -7.8. The
-# network is wrong where z > 0, so this step fools almost half of the images.
+# that z increases by 7.7, and so it does (medians of 500 images). Before, z is -7.8. The network is
+# wrong where z > 0, so this step fools almost half of the images.
 #
 # An example with three values, g = (3, -1, 0.1):
 #
