@@ -16,7 +16,7 @@ For one query and three key-value pairs:
     output                 =  7.88 2.12          0.67 * (10, 0) + 0.09 * (0, 10) + 0.24 * (5, 5)
 
 $ python attention.py               # this example for three queries, then a dictionary that learns
-$ python attention.py --benchmark   # time and memory, also of torch's own function
+$ python attention.py --benchmark   # time and memory, compared with torch's own function
 
 Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1, https://arxiv.org/abs/1706.03762
 """
@@ -69,12 +69,12 @@ def attention_loops(queries, keys, values):
 #     output = weights @ v                 each row is a weighted mean of the values
 #
 # Why divide by sqrt(d_k)? The dot product of two random vectors is a sum of d_k products. If the
-# numbers in them are independent with mean 0 and variance 1, each product has variance 1 and the
-# sum d_k, and dividing by sqrt(d_k) brings the variance back to 1. Without the division, wide
-# vectors have large scores, and softmax gives most of the weight to one key: with 12 random keys of
-# width 64, the largest weight is 0.86 on average (with the division 0.29). If one key has most of
-# the weight, a small change in the scores hardly changes the weights, so little gradient passes
-# through them.
+# numbers in them are independent with mean 0 and variance 1, each product has variance 1, so the
+# sum has variance d_k. Dividing by sqrt(d_k) brings the variance back to 1. Without the division,
+# wide vectors have large scores, and softmax gives most of the weight to one key: with 12 random
+# keys of width 64, the largest weight is 0.86 on average (with the division 0.29). If one key has
+# most of the weight, a small change in the scores hardly changes the weights, so little gradient
+# passes through them.
 #
 # Where do q, k and v come from? From learned linear maps. In self-attention, all three are maps of
 # the same sequence x: each token (for example, a word) gets a query (what it looks for), a key
@@ -104,10 +104,10 @@ def attention(q, k, v, mask=None, activation="softmax"):
     q = q / math.sqrt(q.size(-1))
     scores = q @ k.transpose(-2, -1)                                       # (..., T_q, T_k)
     if mask is not None:
-        # Softmax turns the lowest possible number into weight 0. So would -inf, but a row where
-        # everything is masked would become NaN: softmax first subtracts the largest score of the
-        # row, so that exp cannot overflow, and -inf - (-inf) is NaN. The second masked_fill would
-        # remove it, but torch's anomaly detection would report it.
+        # Softmax turns the lowest possible number into weight 0. -inf would work, too, but a row
+        # where everything is masked would become NaN: softmax first subtracts the largest score of
+        # the row, so that exp cannot overflow, and -inf - (-inf) is NaN. The second masked_fill
+        # would remove the NaN, but torch's anomaly detection would report it.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
 
     if activation == "softmax":
@@ -129,7 +129,7 @@ def attention(q, k, v, mask=None, activation="softmax"):
 # Each query is one of the keys, rotated by an unknown rotation, plus noise, so the largest dot
 # product is rarely that of the right key. Two linear maps learn to undo the rotation. (One would be
 # enough, because the scores contain only the product of their matrices. Attention usually has
-# both.) Every batch has new random keys, and so has the test, so what the maps learn is how to
+# both.) Every batch has new random keys, and the test does, too. So the maps have to learn how to
 # compare. The values are one-hot vectors, so the output is equal to the weights: a probability for
 # each key.
 class DifferentiableDictionary(nn.Module):
@@ -323,8 +323,9 @@ def plot_benchmark(lengths, times, memory, path):
     for axis, values in zip(axes, (times, memory)):
         axis.loglog(lengths, values["explicit"], "o-", label="explicit")
         axis.loglog(lengths, values["fused"], "s-", label="fused")
-        # A guide line for T^2, above the longer half of the lengths. (Below it, the curves rise
-        # more slowly: each call takes some constant time, and q / sqrt(d_k) grows only like T.)
+        # A guide line for T^2, above the longer half of the lengths. (At shorter lengths, the
+        # curves rise more slowly: each call has some overhead, and q / sqrt(d_k) grows only like
+        # T.)
         half = len(lengths) // 2
         long = lengths[half:]
         ratios = [y / T ** 2 for y, T in zip(values["explicit"][half:], long)]

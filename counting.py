@@ -176,12 +176,12 @@ def train(args, activation, all_lengths=True, verbose=False):
 #     count     0    1    2    3    4    5    6    7    8    9   10
 #     angle     0    6   17   37   70  102  121  132  138  142  144
 # The steps are no longer equal, but no two points coincide, and that is enough for a linear layer.
-# Let each row of `out` point at the vector of one count, all rows equally long. Then the row of the
-# true count has the largest dot product with the vector, so its logit is the largest. Long rows
-# make the difference to the other logits clear. (LayerNorm's scale and bias change nothing about
-# this, because `out` can undo them. All queries share `out`. The points of each query form an arc.
-# If the three arcs lie in orthogonal planes, each row can be the sum of the three vectors of its
-# count.)
+# Let all rows of `out` be equally long, each pointing at the vector of one count. Then the row of
+# the true count has the largest dot product with the vector, so its logit is the largest. The
+# longer the rows, the larger its lead over the other logits. (LayerNorm's scale and bias do not
+# matter here, because `out` can undo them. All queries share `out`. The points of each query form
+# an arc. If the three arcs lie in orthogonal planes, each row can be the sum of the three vectors
+# of its count.)
 #
 # This is also why the query is added: without it, count * weight * value(0) would have the same
 # direction for every count above 0, and LayerNorm would make all these vectors equal.
@@ -257,16 +257,16 @@ def load(path, sizes):
 # half the weight. The rest of the model sees nothing else. So it gives both sequences the same
 # answer, and at least one of the two answers is wrong.
 #
-# What does it learn then, trained at all lengths? Its queries attend to the right digits, but it
-# has one answer for each fraction of 0s. If half of the digits are 0s, length 10 asks for 5, and
-# length 4 asks for 2. Training settles on a compromise, about 6 times the fraction, because the
-# shorter sequences pull the answer down. (With --activation softmax, the counts
-# 3 3 0 are the answer to "0 0 0 1 1 1", but also to "0 1" and to "0 0 0 0 0 1 1 1 1 1".) Near
-# length 6 this is right, so many sequences of lengths 5 to 7 come out right, and hardly any others.
+# What does it learn when trained at all lengths? Its queries attend to the right digits, but it has
+# one answer for each fraction of 0s. If half of the digits are 0s, 5 is right at length 10, but 2
+# at length 4. Training settles on a compromise, about 6 times the fraction, because the shorter
+# sequences pull the answer down. (With --activation softmax, the counts 3 3 0 are the answer to
+# "0 0 0 1 1 1", but also to "0 1" and to "0 0 0 0 0 1 1 1 1 1".) Near length 6 this is right, so
+# many sequences of lengths 5 to 7 come out right, and hardly any others.
 #
 # Trained at length 10 only, softmax can count by fractions, because 0.3 always means 3. Even that
 # needs LayerNorm and short queries (see the appendix). It is often right at length 9, too, because
-# c / 9 is less than a tenth above c / 10 and is mostly still read as c.
+# c / 9 is at most 0.1 above c / 10 and is mostly still read as c.
 def compare(args, digits, n_seeds=3):
     """Train both activations at one and at all lengths and print their accuracy at each length.
 
@@ -320,8 +320,8 @@ def compare(args, digits, n_seeds=3):
 # For each of the four, take the logit of 10 minus the logit of 0. The two on the diagonal must be
 # positive, and the other two negative. But `out` is linear, so both pairs have the same sum,
 # because each of them adds up value(0), value(1), query[0] and query[1]. This is XOR: is the digit
-# that is there the one that is asked for? A linear layer cannot tell. (Under sigmoid, the query for
-# 1 simply gives the 0s no weight.)
+# in the sequence the query's digit? A linear layer cannot tell. (Under sigmoid, the query for 1
+# simply gives the 0s no weight.)
 #
 # LayerNorm is not linear, so with it the proof does not hold. If a query points in the direction of
 # the value of its digit, their sum gets longer as the count grows. LayerNorm divides by the length,
@@ -331,9 +331,7 @@ def compare(args, digits, n_seeds=3):
 # Second, short queries. The scores are dot products with the queries, so long queries make larger
 # scores that change faster in training. With 1.0 instead of 0.3 in CountingModel, queries settle on
 # wrong digits: with seed 0, the query for 1 gives all of its weight to the 0 in "0 1 2". Then only
-# 0.4% of the sequences are right. The query is also added to the output, but its length there is
-# not what matters most: scaling only the scores by 0.3 is enough with seeds 1 and 2 (over 99.7%
-# right), and scaling only the query that is added is not enough with any of the three (at most 2%).
+# 0.4% of the sequences are right.
 
 
 if __name__ == "__main__":

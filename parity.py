@@ -9,9 +9,9 @@ Parity looks trivial, but it is hard to learn. Flipping any single bit flips the
 say nothing about the label without the tenth. The loss stays at that of a coin flip for about
 ninety steps, and then falls to almost zero within another hundred or two, with some peaks.
 
-The model has no position embeddings (it is not told where a bit stands), and its tokens interact
-only through means, so it sees only the fraction of ones; the comment at the classifier says why. To
-it, the 1,024 strings of length 10 are just 11 different inputs. So 11 strings are enough to compute
+The model has no position embeddings (it is not told where a bit is), and its tokens interact only
+through means. So it sees only the fraction of ones (the comment above the classifier explains why),
+and the 1,024 strings of length 10 are just 11 different inputs. So 11 strings are enough to compute
 the accuracy on all 1,024, and validation proves little: nearly every validation string is a
 training string in another order.
 
@@ -93,7 +93,7 @@ class MultiHeadSelfAttention(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention, then an MLP, each added to its input, (B, T, d_model) -> (B, T, d_model).
 
-    Only in attention do the tokens of a string exchange information. It returns weighted means. The
+    The tokens of a string exchange information only in attention, which returns weighted means. The
     MLP computes something nonlinear from them, for each token separately.
     """
 
@@ -118,7 +118,7 @@ class TransformerBlock(nn.Module):
 # - Attention treats the tokens as a set: swapping two tokens swaps their outputs and changes
 #   nothing else. The rest of a block works on each token separately, and the mean over all tokens
 #   at the end is the same after the swap. So only the numbers of ones and zeros can matter.
-# - Attention returns weighted means, and the end is a mean, too. Writing a string n times
+# - Attention returns weighted means, and the last step is a mean, too. Writing a string n times
 #   multiplies both numbers by n and changes no mean. So only the fraction of ones can matter.
 # It follows that no model of this kind computes parity for all lengths: a string written twice gets
 # the same logits, but its number of ones is always even.
@@ -152,7 +152,7 @@ class TransformerClassifier(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Data
 def one_string_per_count(seq_len, device="cpu"):
-    """One string for each number of ones c = 0 ... T, and how many of all strings it stands for.
+    """One string for each number of ones c = 0 ... T.
 
     Returns the strings (T+1, T), their parities (T+1,), and the fraction of the 2^T strings that
     have c ones (T+1,).
@@ -226,15 +226,14 @@ def plot_curve(losses, accuracies, path):
 #         4            46              10            1,024
 #
 # The second row is a theorem, proved in assets/proof_20.md: with two units f changes sign at most 5
-# times, and then at most 968 strings are right, 0.945 of all. At width 1, LayerNorm subtracts from
-# a number its mean, the number itself, so all strings look alike. All other networks have at least
-# 32 parameters, so 32 is the smallest number that passes 0.95. Whether 32 can get all strings right
-# is not known.
+# times, and then at most 968 strings are right, 0.945 of all. At width 1, LayerNorm subtracts a
+# number from itself, so all strings look alike. All other networks have at least 32 parameters, so
+# 32 is the smallest number that passes 0.95. Whether 32 can get all strings right is not known.
 #
 # The search below finds the networks in NETWORKS: width, number of blocks, and the numbers of ones
-# that it may get wrong. With 5 sign changes at least three numbers are wrong, because giving one up
-# saves at most two changes. 0, 2 and 9 cost least: they stand for only 1 + 45 + 10 strings. Width 3
-# may miss 1111111111.
+# that it may get wrong. With 5 of 10 sign changes, at least three numbers are wrong, because giving
+# one up saves at most two changes. 0, 2 and 9 cost least: they stand for only 1 + 45 + 10 strings.
+# At width 3, 1111111111 may be wrong.
 NETWORKS = [
     (2, 0, [0, 2, 9]),
     (3, 0, [10]),
@@ -323,7 +322,7 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
 #     embedding    e = 0.003 for a 0, -0.003 for a 1.
 #     LayerNorm    e becomes e / sqrt(e^2 + 0.00001); LayerNorm adds the 0.00001 to the variance, so
 #                  that it never divides by zero. A large e becomes +1 or -1, but these are so small
-#                  that their size survives: 0.003 becomes 0.69.
+#                  that their size matters: 0.003 becomes 0.69.
 #     attention    w_q and w_k are 0, so all weights are equal and the mean is 0.4 * 0.69. w_o turns
 #                  it into 0.4 * 0.0015 = 0.0006, which is added to every e. This pushes the zeros
 #                  away from 0, to 0.0036, and the ones towards 0, to -0.0024.
@@ -627,7 +626,7 @@ if __name__ == "__main__":
     # whole training set.
     # Why beta2 is 0.9: when the plateau ends, the norm of the gradient grows from 0.003 to 0.9
     # within 20 steps. Adam divides the gradient by the root of the mean of its squares. With 0.9
-    # this mean covers about ten steps and follows. The default of 0.999 would cover all steps so
+    # this mean covers about ten steps and keeps up. The default of 0.999 would cover all steps so
     # far and lag behind. (Exercise 1 in README shows the result.)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.9))
     # the learning rate rises from args.lr / 25 to args.lr and then falls to almost 0

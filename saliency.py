@@ -1,10 +1,10 @@
 """
 Which pixels is a network without attention most sensitive to, and how can it be fooled?
 
-The gradient of the loss with respect to an image says of every pixel: if it changes a little, how
-much does the loss change? Where it is large, the network is sensitive (saliency), and a small step
-along its signs can fool the network (adversarial example). The gradient is a form of implicit
-attention: translate.py compares it with attention weights where the right answer is known.
+The gradient of the loss with respect to an image shows, for every pixel, how much the loss changes
+if the pixel changes a little. Where the gradient is large, the network is sensitive (saliency), and
+a small step along its signs can fool the network (adversarial example). The gradient is a form of
+implicit attention: translate.py compares it with attention weights where the right answer is known.
 
 The script draws four simple shapes on cluttered backgrounds, and trains a small network to tell
 them apart. So we know which pixels belong to the shape.
@@ -58,7 +58,7 @@ def calculate_jacobian(model, x, target):
     x = x.detach().requires_grad_()
     logits = eval_logits(model, x)
     # Only one term of this sum depends on image i, its own loss. So the gradient of the sum with
-    # respect to image i is that of its own loss, the same alone and in a batch.
+    # respect to image i is that of its own loss, whatever else is in the batch.
     loss = cross_entropy(logits, target).sum()
     gradient = torch.autograd.grad(loss, x)[0]
     return gradient, logits.detach()
@@ -127,10 +127,10 @@ def scale_to_1(gradient):
 # eps where g_i is positive, and -eps where it is negative. So the best change is eps times the
 # *sign* of the gradient, whatever its size. This is the fast gradient sign method (FGSM).
 #
-# How small is small? The loss is log(1 + e^z) (see cross_entropy), a curve. z itself is nearly
-# linear along this step, and its gradient has the same signs. At eps = 8/255 the gradient predicts
-# that z increases by 7.7, and so it does (medians of 500 images). Before, z is -7.8. The network is
-# wrong where z > 0, so this step fools almost half of the images.
+# How small is small? The loss log(1 + e^z) (see cross_entropy) is curved, but z itself is nearly
+# linear along this step, and its gradient has the same signs. At eps = 8/255, z increases from -7.8
+# by 7.7, as the gradient predicts (medians of 500 images). The network is wrong where z > 0, so
+# this step fools almost half of the images.
 #
 # An example with three values, g = (3, -1, 0.1):
 #
@@ -197,7 +197,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
-        # where the output has another shape than the input, a 1 x 1 convolution adapts the input
+        # if the output's shape differs from the input's, a 1 x 1 convolution adapts the input
         self.downsample = None
         if stride != 1 or c_in != c_out:
             self.downsample = nn.Sequential(
@@ -302,7 +302,7 @@ def bars(u, v):
 
 
 def screw(u, v):
-    """The head of a screw: a disc without a slot."""
+    """The head of a screw: a disc with a slot cut out."""
     slot = box(u, v, 1.0, 0.2)
     return torch.maximum(disc(u, v, 0.85), -slot)
 
@@ -408,14 +408,14 @@ def make_images(n, upright=False):
 #   it only half of the time. Nearly all others are in the gaps of the shape (inside the triangle,
 #   in the slot of the screw, in the notches of the cross). Saliency shows where a *change* matters,
 #   and in the gaps it is at least as large as on the shape: painting the slot of the screw would
-#   make it a disc. Near the shape but outside, it is at most about half as large. saliency_mean.png
-#   shows such places.
+#   make it a disc. Near the shape but outside, it is at most about half as large (see
+#   saliency_mean.png).
 # - Middle pixel. All shapes are near the middle of the image, so this constant answer is right in
 #   93% of the images. The last column takes this into account. It compares the same maps with the
 #   shape of another image, which they should not find.
-# - Untrained network. It has learned nothing, yet it finds the shape in its image more often than
-#   that of another image. Where an image is flat, the same ReLUs are active everywhere, and the map
-#   repeats one pattern every four pixels (two blocks with stride 2). At an edge other ReLUs are
+# - Untrained network. It has learned nothing, yet its maps point at the image's own shape more
+#   often than at another's. Where an image is flat, the same ReLUs are active everywhere, and the
+#   map repeats one pattern every four pixels (two blocks with stride 2). At an edge other ReLUs are
 #   active, so the pattern changes, and the shape has the sharpest edges. The gradient is no larger
 #   there on average (1.01 times, measured with twelve networks), but it varies 1.4 times as much
 #   from pixel to pixel, so its largest value is often there. A map that shows the object therefore
@@ -502,12 +502,12 @@ def measure_pointing(gradient, gradient_untrained, images, masks):
 #   factor of every entry. Where the network is confidently right, the largest entry is usually
 #   below 1/255, too small to matter. Where it is less confident, the entries are many times larger,
 #   and less is needed to fool it.
-# - At eps = 2/255 it fools more images than the sign step, because it changes the images that it
-#   fools by more than 2/255.
+# - At eps = 2/255 this attack fools more images than the sign step, because it changes them by more
+#   than 2/255.
 # - At eps = 16/255 random signs fool a tenth of the images, more than the scaled Jacobian. To first
-#   order the opposite signs would decrease the loss, but here they usually increase it, too. So for
-#   such noise even z is far from linear: it is three times as strong as the noise in the training
-#   images (0.02, about 5/255).
+#   order the opposite signs would decrease the loss, but here they usually increase it, too. So
+#   even z is far from linear for such noise, which is three times as strong as the noise in the
+#   training images (0.02, about 5/255).
 EPS = [2, 4, 8, 16]  # in units of 1/255
 
 
@@ -519,8 +519,9 @@ def measure_norms(gradient):
     l2 = scaled.norm(dim=1)
     to_random = (l1 / l2).median().item()
     to_scaled = (l1 / l2 ** 2).median().item()
-    print("how many times as much the sign step increases the loss, to first order (medians):")
-    print(f"{to_random:.1f} compared with random signs, {to_scaled:.1f} with the scaled Jacobian")
+    print("how much the sign step increases the loss, to first order (medians):")
+    print(f"{to_random:.1f} times as much as random signs, "
+          f"{to_scaled:.1f} times as much as the scaled Jacobian")
     return to_random, to_scaled
 
 
@@ -660,10 +661,10 @@ def _show_predictions(axes, model, images, labels, names):
 # --------------------------------------------------------------------------------------------------
 # Appendix (skip it on a first reading): photographs and ResNet-18
 #
-# This draws the samples and the adversarial examples for photographs, with a ResNet-18 trained on
-# ImageNet. The attributes have torchvision's names, so that its weights load. With equal weights,
-# the outputs are torchvision's. The trained weights could not be downloaded so far, so these
-# figures have not been seen.
+# This part draws samples and adversarial examples for photographs, with a ResNet-18 trained on
+# ImageNet. The attributes have torchvision's names, so that torchvision's weights load, and with
+# the same weights the outputs are the same. The trained weights could not be downloaded so far, so
+# these figures are unchecked.
 class ResNet(nn.Module):
     """ResNet-18: (B, 3, 224, 224) -> logits (B, n_classes)."""
 

@@ -187,10 +187,10 @@ class TransformerModel(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(max_len, d_model)
         self.dropout = nn.Dropout(dropout)
-        # In training, dropout sets random numbers to 0, so the model learns not to rely on any one
-        # of them. Word dropout zeroes whole rows of (T, d_model), the embeddings of tokens, so that
-        # it does not rely on any single word (https://arxiv.org/abs/1905.11901). Half the rate of
-        # ordinary dropout worked well on the validation part of multi30k.
+        # In training, dropout sets randomly chosen values to 0, so the model learns not to rely on
+        # any one of them. Word dropout zeroes whole rows of (T, d_model), the embeddings of tokens,
+        # so that the model does not rely on any single word (https://arxiv.org/abs/1905.11901).
+        # Half the rate of ordinary dropout worked well on the validation part of multi30k.
         self.token_dropout = nn.Dropout1d(dropout / 2)
         self.encoder = nn.ModuleList(
             EncoderBlock(d_model, n_heads, dropout) for _ in range(n_enc_layers))
@@ -262,7 +262,7 @@ class TransformerModel(nn.Module):
 # Data 1: the toy language
 #
 # English shows by position who does what: the subject comes before the verb. In German, the article
-# marks a masculine object: "der" becomes "den", and "ein" becomes "einen". So it may come first:
+# marks a masculine object ("der" becomes "den", "ein" becomes "einen"), so it may come first:
 #
 #     Der Mann sieht den Hund.                      The man sees the dog.
 #     Den Mann sieht der Hund.                      The dog sees the man.
@@ -591,8 +591,8 @@ def load_pairs(data, part):
 #     hu nd       hu nd e       hu n g e r      h a nd      b u nd     2. h + u    (3 times)
 #     hund        hund e        hu n g e r      h a nd      b u nd     3. hu + nd  (2 times)
 #
-# (u + n is as frequent as n + d, and later u + nd as h + u. In a tie, the pair with the smaller
-# numbers is merged.)
+# (In a tie, such as n + d and u + n, or later h + u and u + nd, the pair with the smaller numbers
+# is merged.)
 
 WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")  # a word with the space before it; merges stay inside
 FIRST_BYTE = EOS + 1                        # tokens: PAD, BOS, EOS, 256 bytes, then the merges
@@ -726,7 +726,7 @@ def make_batches(examples, batch_tokens, seed):
     """
     for epoch in itertools.count():
         rng = random.Random(seed + epoch)
-        # Adding 0 or 1 to the lengths at random gives every epoch other batches.
+        # Adding 0 or 1 to the lengths at random gives every epoch different batches.
         order = []
         for i, (src, tgt) in enumerate(examples):
             noisy_length = len(tgt) + int(2 * rng.random())
@@ -829,9 +829,9 @@ def greedy(model, src):
 #   step 4    I sleep <eos> (-1.7)   We sleep well <eos> (-2.0)     both have ended
 #
 # Every token lowers the score, which favors short translations. So every step ranks by score /
-# length, also the hypotheses that have ended: -1.7 / 3 = -0.57 and -2.0 / 4 = -0.50, and "We sleep
-# well" wins. A longer hypothesis can still win, so the search goes on until all have ended. With
-# beam = 1, beam search is greedy decoding.
+# length, including the hypotheses that have ended: -1.7 / 3 = -0.57 and -2.0 / 4 = -0.50, and "We
+# sleep well" wins. A longer hypothesis can still win, so the search goes on until all have ended.
+# With beam = 1, beam search is greedy decoding.
 
 
 @torch.no_grad()
@@ -978,11 +978,11 @@ def bleu(translations, references):
 # rows of the weights for each word: the one that *produces* it (as output) and the next one, which
 # *consumes* it (as input; Chen et al. 2020, https://arxiv.org/abs/2004.14837). After training, the
 # rows of the last block attend to the source of the word that they produce: the best head is right
-# for 96% of the words, the gradient for 95%, the diagonal for 62%, chance for 13% (--test). It is
-# this block that translates. With the cross-attention of the first block set to 0, the model still
-# predicts every word of 150 sentences, given the words before it. Without that of the last block,
-# it predicts about half of them. (Chen et al. find on real languages that rows which consume a word
-# are the better ones.)
+# for 96% of the words, the gradient for 95%, the diagonal for 62%, chance for 13% (--test). This
+# block does most of the translating: with the cross-attention of the first block set to 0, the
+# model still predicts every word of 150 sentences, given the words before it. With that of the last
+# block set to 0, it predicts about half of them. (In real languages, Chen et al. find that rows
+# which consume a word are better.)
 def right_words(alignment, n_source_words):
     """(T, S) booleans: True where source word s is right for target word t."""
     right = torch.zeros(len(alignment), n_source_words, dtype=torch.bool)
