@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import inspect
 import io
-import itertools
 import math
 import os
 import re
@@ -28,6 +27,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing import assert_close
 
 import attention as attention_script
 import counting
@@ -41,8 +41,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 @pytest.fixture(autouse=True)
-def same_start():
-    """Every test starts with the same random numbers. One thread: all tensors are small."""
+def same_start(monkeypatch, tmp_path):
+    """Every test starts in an empty folder with the same random numbers, and on one thread."""
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     torch.set_num_threads(1)
 
@@ -51,7 +52,7 @@ def run(script, *options):
     """Run a script in this process. Returns its global variables and what it printed."""
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
-        patch.setattr(sys, "argv", [script, "--device", "cpu", *map(str, options)])
+        patch.setattr("sys.argv", [script, "--device", "cpu", *map(str, options)])
         try:
             values = runpy.run_path(os.path.join(HERE, script), run_name="__main__")
         except SystemExit as stop:  # the end of --test, --line, --sweep, ...
@@ -111,7 +112,7 @@ def test_the_loops_give_the_output_of_the_matrices():
     v = torch.randn(5, 2)
     loops = attention_script.attention_loops(q.tolist(), k.tolist(), v.tolist())
     output, _ = attention(q, k, v)
-    assert torch.allclose(torch.tensor(loops), output, atol=1e-6)
+    assert_close(torch.tensor(loops), output)
 
 
 @all_masks
@@ -119,12 +120,11 @@ def test_the_output_and_its_gradients_are_those_of_torch(mask):
     inputs = queries_keys_values()
     output, _ = attention(*inputs, mask)
     expected = F.scaled_dot_product_attention(*inputs, mask)
-    assert torch.allclose(output, expected, atol=1e-6)
+    assert_close(output, expected)
     with torch.autograd.set_detect_anomaly(True):  # an error at the first NaN
         ours = torch.autograd.grad(output.square().sum(), inputs)
     theirs = torch.autograd.grad(expected.square().sum(), inputs)
-    for our_gradient, their_gradient in zip(ours, theirs):
-        assert torch.allclose(our_gradient, their_gradient, atol=1e-5)
+    assert_close(ours, theirs)
 
 
 @all_masks
@@ -169,7 +169,7 @@ def test_queries_of_the_dictionary_are_rotated_keys():
     rotation, _ = torch.linalg.qr(torch.randn(8, 8))
     query, key, target = attention_script.make_lookups(5, 6, rotation, noise=0.0)
     for b in range(5):
-        assert torch.allclose(query[b], key[b, target[b]] @ rotation, atol=1e-6)
+        assert_close(query[b], key[b, target[b]] @ rotation)
 
 
 def test_the_dictionary_learns_to_compare(tmp_path):
@@ -181,8 +181,8 @@ def test_the_dictionary_learns_to_compare(tmp_path):
     assert (tmp_path / "attention_dictionary.png").exists()
 
 
-def test_the_accuracy_of_the_dictionary_is_that_of_1000_new_dictionaries(tmp_path):
-    values, _ = run("attention.py", "--steps", 1, "--out_dir", tmp_path)
+def test_the_accuracy_of_the_dictionary_is_that_of_1000_new_dictionaries():
+    values, _ = run("attention.py", "--steps", 1)
     output, _ = values["model"](values["test_query"], values["test_key"], values["value"])
     right = output.argmax(dim=-1) == values["test_target"]
     assert right.shape == (1000, 12)
@@ -198,7 +198,7 @@ def test_the_formula_keeps_all_weights_and_the_fused_kernel_does_not():
 
 def drawn(monkeypatch, *arguments, **options):
     figures = []
-    monkeypatch.setattr(attention_script.plt, "close", figures.append)
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
     attention_script.plot_attention(*arguments, io.BytesIO(), **options)
     return figures[0].axes
 
@@ -229,16 +229,16 @@ def test_heatmaps_show_the_weights_on_one_scale(monkeypatch):
         assert image.get_clim() == (0.0, weights.max().item())
 
 
-def test_output_never_ends_a_training(monkeypatch, tmp_path):
+def test_output_never_ends_a_training(monkeypatch):
     console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # it has few characters
-    monkeypatch.setattr(sys, "stdout", console)
-    monkeypatch.setattr(sys, "argv", ["script", "--out_dir", str(tmp_path)])
+    monkeypatch.setattr("sys.stdout", console)
+    monkeypatch.setattr("sys.argv", ["script"])
     attention_script.parse_args(argparse.ArgumentParser())
     assert console.errors == "backslashreplace"
 
 
-def test_the_seed_is_that_of_the_option(tmp_path):
-    run("attention.py", "--seed", 5, "--steps", 1, "--out_dir", tmp_path)
+def test_the_seed_is_that_of_the_option():
+    run("attention.py", "--seed", 5, "--steps", 1)
     assert torch.initial_seed() == 5
 
 
@@ -294,7 +294,7 @@ def test_the_block_is_attention_and_an_mlp_each_after_layernorm_and_added_to_its
     after_attention = tokens + block.attn.w_o(torch.cat(outputs, dim=-1))
     hidden = F.silu(block.mlp[0](block.ln2(after_attention)))
     expected = after_attention + block.mlp[2](hidden)
-    assert torch.allclose(block(tokens), expected, atol=1e-5)
+    assert_close(block(tokens), expected)
 
 
 def test_the_classifier_gives_one_logit_for_each_class():
@@ -307,7 +307,7 @@ def test_the_classifier_sees_only_the_fraction_of_ones():
     strings = torch.randint(2, (20, 9))
     twice = torch.cat([strings, strings], dim=1)
     shuffled = twice[:, torch.randperm(18)]
-    assert torch.allclose(model(strings), model(shuffled), atol=1e-8)
+    assert_close(model(strings), model(shuffled))
 
 
 def test_width_1_gives_all_strings_the_same_logits():
@@ -336,9 +336,9 @@ def short_training(tmp_path_factory):
 
 
 def test_parity_is_uncorrelated_with_every_power_of_the_count_below_the_length():
-    for power in range(10):
-        assert sum(math.comb(10, c) * (-1) ** c * c ** power for c in range(11)) == 0
-    assert sum(math.comb(10, c) * (-1) ** c * c ** 10 for c in range(11)) != 0
+    for power in range(11):
+        moment = sum(math.comb(10, c) * (-1) ** c * c ** power for c in range(11))
+        assert (moment == 0) == (power < 10)
 
 
 def test_a_short_training_learns_parity(short_training):
@@ -347,8 +347,8 @@ def test_a_short_training_learns_parity(short_training):
     assert result["accuracy_all"] == 1
 
 
-def test_a_training_ends_with_the_numbers_of_ones_that_it_gets_wrong(tmp_path):
-    values, output = run("parity.py", "--seq_len", 4, "--steps", 1, "--out_dir", tmp_path)
+def test_a_training_ends_with_the_numbers_of_ones_that_it_gets_wrong():
+    values, output = run("parity.py", "--seq_len", 4, "--steps", 1)
     _, correct, _ = parity.exact_accuracy(values["model"], 4)
     wrong = [c for c in range(5) if not correct[c]]
     assert f"wrong for these numbers of ones: {wrong}\n" in output
@@ -381,13 +381,12 @@ def test_a_training_is_validated_on_the_fifth_of_the_strings_that_it_did_not_see
     assert torch.equal(values["answers"], values["y"][80:])
 
 
-def test_a_small_batch_is_drawn_from_the_training_strings(tmp_path):
-    options = ["--n_samples", 40, "--steps", 1, "--batch_size", 31]
-    values, _ = run("parity.py", *options, "--out_dir", tmp_path)
+def test_a_small_batch_is_drawn_from_the_training_strings():
+    values, _ = run("parity.py", "--n_samples", 40, "--steps", 1, "--batch_size", 31)
     assert values["rows"].max() < 32
 
 
-# The smallest networks. They are in assets, as `python parity.py --sweep` saved them.
+# as `python parity.py --sweep` saved them
 @pytest.mark.parametrize("params, n_right", [(20, 968), (32, 1023), (46, 1024), (58, 1024)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_smallest_networks_are_right_on_as_many_strings_as_claimed(params, n_right, dtype):
@@ -403,19 +402,13 @@ LINE = torch.linspace(-1, 1, 11, dtype=torch.double)  # 2c/T - 1 for c = 0 ... 1
 
 def test_without_a_block_the_classifier_gets_a_point_on_a_line():
     x, _ = parity.classifier_input(parity.straight_model(3), 10)
-    assert torch.allclose(x, LINE)
+    assert_close(x, LINE)
 
 
 def test_the_block_folds_the_line_of_counts_in_its_middle():
     x, u = parity.classifier_input(parity.folding_model(), 10)
     assert torch.allclose(x, LINE.abs(), atol=1e-5)
     assert u.tolist() == pytest.approx([1, -1], abs=1e-5)
-
-
-def test_after_the_folding_block_tokens_of_the_majority_are_1_and_the_others_minus_1():
-    strings = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
-    feature = parity.token_vectors(parity.folding_model(), strings)[:, :, 0].flatten()
-    assert feature.tolist() == pytest.approx([1, 1, 1, -1, -1, 1, 1, 1], abs=1e-4)
 
 
 def test_more_rounds_of_the_search_get_nearer_to_the_targets():
@@ -428,11 +421,13 @@ def test_more_rounds_of_the_search_get_nearer_to_the_targets():
     assert distances[1] < 0.9 * distances[0]
 
 
+WRONG = (torch.ones(2), torch.ones(2), torch.ones(3))  # f > 0 everywhere
+
+
 def test_a_search_that_misses_is_started_again_and_one_that_hits_becomes_f(monkeypatch):
-    wrong = (torch.ones(2), torch.ones(2), torch.ones(3))
     right = (torch.tensor([4, -4]), torch.zeros(2), torch.tensor([-1, -1, 1]))
-    results = [wrong, wrong, right, wrong]
-    monkeypatch.setattr(parity, "search", lambda *options: results.pop(0))
+    results = [WRONG, WRONG, right, WRONG]
+    monkeypatch.setattr("parity.search", lambda *_: results.pop(0))
     model = parity.find_network(2, 0, [], seq_len=2)
     _, _, f = parity.exact_accuracy(model, 2)
     end = 1 - 4 * math.tanh(2)  # 1 - SiLU(4) - SiLU(-4)
@@ -443,27 +438,22 @@ def test_the_search_ignores_the_counts_that_may_be_wrong(monkeypatch):
     def search(x, targets, width):
         assert x.tolist() == [0, 1]
         assert targets.tolist() == [1, -1]
-        return torch.ones(2), torch.ones(2), torch.ones(3)
+        return WRONG
 
-    monkeypatch.setattr(parity, "search", search)
+    monkeypatch.setattr("parity.search", search)
     parity.find_network(2, 0, [0], seq_len=2)
 
 
 def test_a_network_that_is_right_only_in_float32_is_searched_again(monkeypatch):
-    tries = []
-
-    def search(*_):
-        tries.append(1)
-        return torch.ones(2), torch.ones(2), torch.ones(3)
-
     def check_on_all_strings(model, _):
         n_right = 4 if model.classifier[0].weight.dtype == torch.float32 else 0
         return n_right, 0.0
 
-    monkeypatch.setattr(parity, "search", search)
-    monkeypatch.setattr(parity, "check_on_all_strings", check_on_all_strings)
+    results = [WRONG] * 3
+    monkeypatch.setattr("parity.search", lambda *_: results.pop())
+    monkeypatch.setattr("parity.check_on_all_strings", check_on_all_strings)
     parity.find_network(2, 0, [], seq_len=2, n_tries=3)
-    assert len(tries) == 3
+    assert not results
 
 
 def test_the_sweep_finds_saves_and_draws_networks(tmp_path, capsys):
@@ -574,16 +564,16 @@ def test_the_counting_model_is_the_plain_formula(activation, function):
     x = one_hot([[2, 0, 0, 1, 2], [1, 1, 1, 0, 1]])
     logits, weights = model(x)
     scores = model.query @ model.key(x).transpose(1, 2) / math.sqrt(4)
-    assert torch.allclose(weights, function(scores))
+    assert_close(weights, function(scores))
     vectors = model.query + function(scores) @ model.value(x)
-    assert torch.allclose(logits, model.out(model.norm(vectors)))
+    assert_close(logits, model.out(model.norm(vectors)))
 
 
 def test_under_softmax_a_sequence_written_twice_in_any_order_has_the_same_logits():
     model = wild_counter(10, 8, "softmax")
     once, _ = model(one_hot([[0, 1, 1, 2, 1]]))
     twice, _ = model(one_hot([[1, 1, 1, 1, 1, 1, 0, 2, 0, 2]]))
-    assert torch.allclose(once, twice)
+    assert_close(once, twice)
 
 
 def test_softmax_without_layernorm_cannot_tell_which_digit_is_asked_for():
@@ -591,7 +581,7 @@ def test_softmax_without_layernorm_cannot_tell_which_digit_is_asked_for():
     model.norm = nn.Identity()
     zeros, _ = model(one_hot([[0] * 10]))                                  # (1, 3, 11)
     ones, _ = model(one_hot([[1] * 10]))
-    assert torch.allclose(zeros[0, 0] + ones[0, 1], zeros[0, 1] + ones[0, 0])
+    assert_close(zeros[0, 0] + ones[0, 1], zeros[0, 1] + ones[0, 0])
 
 
 def test_with_layernorm_hand_written_softmax_parameters_count_all_sequences_of_length_10():
@@ -614,16 +604,17 @@ def test_with_layernorm_hand_written_softmax_parameters_count_all_sequences_of_l
     assert counting.accuracy(model, counting.all_sequences(10, 3), 3) == 1
 
 
-def train_softmax_at_length_5():
-    torch.manual_seed(0)
-    args = argparse.Namespace(vocab_size=3, sequence_length=5, hidden=16, device="cpu", lr=0.03,
-                              steps=400, batch_size=128)
-    model = counting.train(args, "softmax", all_lengths=False)
+OPTIONS = argparse.Namespace(vocab_size=3, sequence_length=5, hidden=16, device="cpu", lr=0.03,
+                             steps=400, batch_size=128, seed=7, out_dir="")
+
+
+def train_softmax():
+    model = counting.train(OPTIONS, "softmax", all_lengths=False)
     return counting.accuracy(model, counting.all_sequences(5, 3), 3)
 
 
 def test_softmax_learns_to_count_at_a_single_length():
-    assert train_softmax_at_length_5() > 0.95
+    assert train_softmax() > 0.95
 
 
 def test_softmax_does_not_learn_it_if_the_queries_start_long(monkeypatch):
@@ -632,8 +623,8 @@ def test_softmax_does_not_learn_it_if_the_queries_start_long(monkeypatch):
             super().__init__(*sizes)
             self.query.data /= 0.3
 
-    monkeypatch.setattr(counting, "CountingModel", LongQueries)
-    assert train_softmax_at_length_5() < 0.5
+    monkeypatch.setattr("counting.CountingModel", LongQueries)
+    assert train_softmax() < 0.5
 
 
 def test_all_combinations_of_counts_are_equally_frequent():
@@ -643,12 +634,6 @@ def test_all_combinations_of_counts_are_equally_frequent():
     assert len(frequency) == 66
     assert 850 < frequency.min()
     assert frequency.max() < 1150
-
-
-def test_all_sequences_are_all_sequences():
-    expected = [list(digits) for digits in itertools.product(range(3), repeat=4)]
-    assert sorted(counting.all_sequences(4, 3).tolist()) == expected
-    assert counting.all_sequences(1, 3).tolist() == [[0], [1], [2]]
 
 
 def test_of_too_many_sequences_there_is_a_sample_with_all_digits():
@@ -682,9 +667,8 @@ def test_a_short_training_counts_right_at_all_lengths(counted):
     assert logged_steps(output) == [0, 200]
 
 
-def test_the_scores_are_those_of_each_length(tmp_path):
-    options = ["--sequence_length", 4, "--steps", 100]
-    values, _ = run("counting.py", *options, "--out_dir", tmp_path)
+def test_the_scores_are_those_of_each_length():
+    values, _ = run("counting.py", "--sequence_length", 4, "--steps", 100)
     expected = []
     for length in (1, 2, 3, 4):
         sequences = counting.all_sequences(length, 3)
@@ -746,11 +730,6 @@ def test_weights_of_other_options_are_named(counted):
         run("counting.py", *SHORT, "--hidden", 8, "--sequence", 2, "--out_dir", counted[0])
 
 
-def training_options(**others):
-    sizes = {"vocab_size": 3, "sequence_length": 4, "hidden": 4}
-    return argparse.Namespace(**sizes, device="cpu", lr=0.03, steps=100, batch_size=2, **others)
-
-
 def test_half_of_each_batch_has_the_full_length_and_the_other_half_any_length(monkeypatch):
     lengths = []
     make_sequences = counting.make_sequences
@@ -759,13 +738,13 @@ def test_half_of_each_batch_has_the_full_length_and_the_other_half_any_length(mo
         lengths.append(length)
         return make_sequences(n, length, *rest)
 
-    monkeypatch.setattr(counting, "make_sequences", recorded)
-    counting.train(training_options(), "sigmoid", all_lengths=True)
-    assert lengths[::2] == [4] * 100
-    assert set(lengths[1::2]) == {1, 2, 3, 4}
+    monkeypatch.setattr("counting.make_sequences", recorded)
+    counting.train(OPTIONS, "sigmoid", all_lengths=True)
+    assert lengths[::2] == [5] * 400
+    assert set(lengths[1::2]) == {1, 2, 3, 4, 5}
     lengths.clear()
-    counting.train(training_options(), "sigmoid", all_lengths=False)
-    assert lengths == [4] * 200
+    counting.train(OPTIONS, "sigmoid", all_lengths=False)
+    assert lengths == [5] * 800
 
 
 def test_the_learning_rate_rises_and_falls(monkeypatch):
@@ -776,8 +755,8 @@ def test_the_learning_rate_rises_and_falls(monkeypatch):
             rates.append(self.param_groups[0]["lr"])
             return super().step(*arguments)
 
-    monkeypatch.setattr(torch.optim, "Adam", Adam)
-    counting.train(training_options(), "sigmoid")
+    monkeypatch.setattr("torch.optim.Adam", Adam)
+    counting.train(OPTIONS, "sigmoid")
     assert rates[0] == pytest.approx(0.03 / 25)
     assert max(rates) == pytest.approx(0.03, rel=0.01)
     assert rates[-1] < 1e-5
@@ -789,45 +768,43 @@ def test_the_heatmap_has_the_models_counts_and_marks_where_a_row_should_be_brigh
     def plot_attention(weights, x_labels, y_labels, *rest, marks, **options):
         shown.extend([x_labels, *y_labels, marks[0].int().tolist()])
 
-    monkeypatch.setattr(counting, "plot_attention", plot_attention)
+    monkeypatch.setattr("counting.plot_attention", plot_attention)
     counting.show_counts([counter_that_answers_3()], ["title"], [1, 1, 2], 3, "path")
     assert shown[0] == [1, 1, 2]
     assert shown[1] == ["0: 3 (true 0)", "1: 3 (true 2)", "2: 3 (true 1)"]
     assert shown[2] == [[0, 0, 0], [1, 1, 0], [0, 0, 1]]
 
 
-def test_compare_returns_the_means_of_three_seeds_trained_at_all_lengths_and_shows_the_first(
-        monkeypatch, tmp_path):
+def compare(monkeypatch, train, accuracy):
+    """What counting.compare returns with these functions, and what it passes to show_counts."""
     shown = []
+    monkeypatch.setattr("counting.train", train)
+    monkeypatch.setattr("counting.accuracy", accuracy)
+    monkeypatch.setattr("counting.show_counts", lambda *arguments: shown.extend(arguments))
+    return counting.compare(OPTIONS, [0, 1, 2]), shown
 
+
+def test_compare_returns_the_means_of_three_seeds_trained_at_all_lengths_and_shows_the_first(
+        monkeypatch):
     def train(args, activation, all_lengths):
         return torch.initial_seed() + 10 * all_lengths + 1000 * (activation == "softmax")
 
     def accuracy(model, digits, V):
         return model + 100 * len(digits[0])
 
-    def show_counts(models, titles, *rest):
-        shown.extend(zip(models, titles))
-
-    monkeypatch.setattr(counting, "train", train)
-    monkeypatch.setattr(counting, "accuracy", accuracy)
-    monkeypatch.setattr(counting, "show_counts", show_counts)
-    args = training_options(seed=7, out_dir=str(tmp_path))
-    assert counting.compare(args, [0, 1, 2]) == (418, 1418)
-    assert shown[0] == (7, "sigmoid, trained at length 4")
-    assert shown[3] == (1017, "softmax, trained at lengths 1-4")
+    result, shown = compare(monkeypatch, train, accuracy)
+    assert result == (518, 1518)
+    assert shown[0] == [7, 17, 1007, 1017]
+    assert shown[1][::3] == ["sigmoid, trained at length 5", "softmax, trained at lengths 1-5"]
 
 
 def test_a_row_of_compare_has_means_and_how_many_seeds_are_all_right_at_full_length(
-        monkeypatch, tmp_path, capsys):
+        monkeypatch, capsys):
     def accuracy(seed, digits, V):
-        return 1.0 if seed == 1 or len(digits[0]) < 4 else 0.4
+        return 1.0 if seed == 8 or len(digits[0]) < 5 else 0.4
 
-    monkeypatch.setattr(counting, "train", lambda *_: torch.initial_seed())
-    monkeypatch.setattr(counting, "accuracy", accuracy)
-    monkeypatch.setattr(counting, "show_counts", lambda *_: None)
-    counting.compare(training_options(seed=0, out_dir=str(tmp_path)), [0, 1, 2])
-    assert capsys.readouterr().out.count("| 1.000 1.000 1.000 0.600 | 1 of 3 seeds\n") == 4
+    compare(monkeypatch, lambda *_: torch.initial_seed(), accuracy)
+    assert capsys.readouterr().out.count("| 1.000 1.000 1.000 1.000 0.600 | 1 of 3 seeds\n") == 4
 
 
 # --------------------------------------------------------------------------------------------------
@@ -835,7 +812,6 @@ def test_a_row_of_compare_has_means_and_how_many_seeds_are_all_right_at_full_len
 
 
 def transformer(vocab_size=20, max_len=12, n_layers=2):
-    """An untrained Transformer of width 8 with two heads and large random weights."""
     model = translate.TransformerModel(vocab_size, max_len, 8, 2, n_layers, n_layers, dropout=0.0)
     return wild(model).eval()
 
@@ -862,7 +838,7 @@ def test_the_encoder_block_equals_torch():
     x = torch.randn(3, 5, 8)
     real = torch.arange(5) < torch.tensor([[5], [2], [4]])
     expected = theirs(x, src_key_padding_mask=~real)
-    assert torch.allclose(ours(x, real[:, None, None, :])[real], expected[real], atol=1e-5)
+    assert_close(ours(x, real[:, None, None, :])[real], expected[real])
 
 
 def test_the_decoder_block_equals_torch():
@@ -875,16 +851,16 @@ def test_the_decoder_block_equals_torch():
     real = torch.arange(7) < torch.tensor([[7], [2], [4]])
     expected = theirs(x, memory, tgt_mask=~causal, memory_key_padding_mask=~real)
     output, _ = ours(x, causal, memory, real[:, None, None, :])
-    assert torch.allclose(output, expected, atol=1e-5)
+    assert_close(output, expected)
 
 
 def test_dropout_is_on_every_sublayer():
     x = torch.randn(1, 3, 8)
     block = translate.EncoderBlock(8, 2, dropout=1.0)
-    assert torch.allclose(block(x, None), block.norm2(block.norm1(x)))
+    assert_close(block(x, None), block.norm2(block.norm1(x)))
     block = translate.DecoderBlock(8, 2, dropout=1.0)
     output, _ = block(x, None, x, None)
-    assert torch.allclose(output, block.norm3(block.norm2(block.norm1(x))))
+    assert_close(output, block.norm3(block.norm2(block.norm1(x))))
 
 
 def test_word_dropout_zeroes_whole_tokens_at_half_the_rate():
@@ -902,17 +878,13 @@ def test_no_token_sees_a_later_one():
     tgt = torch.randint(3, 20, (4, 6))
     logits, _ = model(src, tgt)
     beginning, _ = model(src, tgt[:, :3])
-    assert torch.allclose(logits[:, :3], beginning, atol=1e-5)
+    assert_close(logits[:, :3], beginning)
 
 
-def test_padding_gets_no_attention_and_changes_nothing():
-    model = transformer()
-    src = torch.randint(3, 20, (1, 4))
-    tgt = torch.randint(3, 20, (1, 3))
-    expected, _ = model(src, tgt)
-    logits, weights = model(F.pad(src, (0, 3)), F.pad(tgt, (0, 2)))  # with PAD, which is 0
-    assert torch.allclose(logits[:, :3], expected, atol=1e-4)
-    assert (weights[..., 4:] == 0).all()
+def test_padding_gets_no_attention():
+    src = torch.tensor([[5, 6, 2, translate.PAD, translate.PAD]])
+    _, weights = transformer()(src, src)
+    assert (weights[..., 3:] == 0).all()
 
 
 def test_decoding_with_the_cache_equals_decoding_at_once_and_reads_the_source_once():
@@ -927,13 +899,12 @@ def test_decoding_with_the_cache_equals_decoding_at_once_and_reads_the_source_on
     for part in tgt.split([1, 1, 3, 1], dim=1):
         logits.append(model.decode(part, memory, src_mask, cache)[0])
         memory = None  # the cache has its keys and values
-    assert torch.allclose(torch.cat(logits, dim=1), expected, atol=1e-5)
+    assert_close(torch.cat(logits, dim=1), expected)
 
 
 @pytest.mark.parametrize("vocab_size, d_model, n_layers, expected", [
     (756, 64, 2, 6), (8259, 192, 3, 10)])       # toy, tatoeba
 def test_the_logit_of_the_input_token_is_large_at_first(vocab_size, d_model, n_layers, expected):
-    torch.manual_seed(0)
     model = translate.TransformerModel(vocab_size, 100, d_model, 4, n_layers, n_layers, 0.0)
     tokens = torch.randint(3, vocab_size, (8, 9))
     logits, _ = model(tokens, tokens.flip(1))
@@ -988,8 +959,7 @@ def test_white_space_and_composed_characters_make_no_difference():
 @pytest.mark.parametrize("data, path", [
     ("tatoeba", "data/tatoeba/deu-eng.zip"),
     ("multi30k", "data/multi30k/test_2016_flickr.de.gz")])
-def test_a_wrong_file_of_a_corpus_is_named(data, path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_wrong_file_of_a_corpus_is_named(data, path, tmp_path):
     os.makedirs(os.path.dirname(path))
     (tmp_path / path).write_text("<html>")
     with pytest.raises(SystemExit, match=f"{path} is not the file from .*: delete it"):
@@ -997,8 +967,7 @@ def test_a_wrong_file_of_a_corpus_is_named(data, path, tmp_path, monkeypatch):
 
 
 def test_captions_are_read_from_two_files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(translate, "download", lambda *_: None)
+    monkeypatch.setattr("translate.download", lambda *_: None)
     os.makedirs("data/multi30k")
     for language, text in [("de", "Ein  Hund.\nZwei Äpfel.\n"), ("en", "A dog.\nTwo apples.\n")]:
         path = tmp_path / f"data/multi30k/val.{language}.gz"
@@ -1007,9 +976,8 @@ def test_captions_are_read_from_two_files(tmp_path, monkeypatch):
     assert translate.load_pairs("multi30k", "val") == expected
 
 
-def test_everyday_sentences_are_read_from_their_zip(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(translate, "download", lambda *_: None)
+def test_everyday_sentences_are_read_from_their_zip(monkeypatch):
+    monkeypatch.setattr("translate.download", lambda *_: None)
     os.makedirs("data/tatoeba")
     with zipfile.ZipFile("data/tatoeba/deu-eng.zip", "w") as archive:
         archive.writestr("deu.txt", "Hi.\tHallo!\nRun!\tLauf!\n")
@@ -1214,7 +1182,6 @@ def test_a_text_that_is_too_long_is_named_and_the_others_are_translated(toy_mode
     (["the the the the the"], ["the cat sat on the"], 12.703318),  # "the" counts twice
     (["x y z w"], ["a b c d"], 0.0),
     (["x y z"], ["x y z"], 0.0),
-    (["x b c d e"], ["a b q d e"], 23.643540),
     (["the old king sees the cat"], ["the old king sees the dog today"], 64.318887),
     (["&quot;Hi&quot; it's 3-4, 1,000 <skipped>bags (e.g. blue/green)"],
      ['"Hi" it is 3-4, 1,000 bags (e.g. blue/green)!'], 76.438381)])
@@ -1249,7 +1216,7 @@ def test_the_alignment_accuracy_is_that_of_a_plain_loop(toy_model):
             hits += torch.isin(guesses, torch.tensor(right))
             n_words += 1
     accuracy, _, _ = translate.alignment_accuracy(model, tokenizer, lines)
-    assert torch.allclose(accuracy[:, -1], hits.T / n_words)    # of the last block
+    assert_close(accuracy[:, -1], hits.T / n_words)    # of the last block
 
 
 def test_chance_and_diagonal_of_line_13_are_those_of_its_alignment(toy_model):
@@ -1309,19 +1276,19 @@ def test_the_heatmap_shows_the_weights_of_the_translation_and_marks_the_right_wo
     model, tokenizer = toy_model
     german, english, alignment = translate.toy_pair(16)
     drawn = []
-    monkeypatch.setattr(translate, "plot_attention",
+    monkeypatch.setattr("translate.plot_attention",
                         lambda *args, marks, **_: drawn.extend([*args, marks]))
     translate.plot_cross_attention(model, tokenizer, german, 1, "", english, alignment)
     weights, *_, marks = drawn
     _, expected = model(*tokens_of(tokenizer, german, english))
-    assert torch.allclose(weights, expected[0], atol=1e-5)
+    assert_close(weights, expected[0])
     assert marks[0].nonzero().tolist() == [[t, s] for t, [s] in enumerate(alignment)]
 
 
-def test_the_shipped_toy_model_translates_and_finds_the_source_words(monkeypatch, tmp_path):
+def test_the_shipped_toy_model_translates_and_finds_the_source_words(monkeypatch):
     toy_lines = translate.toy_lines
-    monkeypatch.setattr(translate, "toy_lines", lambda part, _: toy_lines(part, 3000))
-    args = argparse.Namespace(data="toy", out_dir=tmp_path, device="cpu", beam=1)
+    monkeypatch.setattr("translate.toy_lines", lambda part, _: toy_lines(part, 3000))
+    args = argparse.Namespace(data="toy", out_dir="", device="cpu", beam=1)
     result = result_of("result: " + translate.test(args))
     assert result["exact"] > 0.95
     assert result["alignment"] > 0.9
@@ -1353,10 +1320,10 @@ def trained(pairs_file, tmp_path_factory):
     return folder, *run("translate.py", *TINY, "--data", pairs_file, "--out_dir", folder)
 
 
-def start(*options, **environment):
+def start(*options):
     command = [sys.executable, os.path.join(HERE, "translate.py"), "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen([*command, *map(str, options)], env=environment,
+    return subprocess.Popen([*command, *map(str, options)],
+                            env={**os.environ, "OMP_NUM_THREADS": "1"},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -1391,7 +1358,7 @@ def test_the_test_part_is_scored_without_its_long_pairs(trained, pairs_file, cap
 def test_a_line_says_whether_it_was_held_out(n, held_out, tmp_path):
     lines = [f"{english}\t{german}\n" for german, english in PAIRS]
     (tmp_path / "toy").write_text("".join(lines), encoding="utf-8")  # named as the toy weights
-    _, output = run("translate.py", "--data", tmp_path / "toy", "--line", n, "--out_dir", tmp_path)
+    _, output = run("translate.py", "--data", tmp_path / "toy", "--line", n)
     assert output.endswith(f"held out:    {held_out}\n")
 
 
@@ -1409,7 +1376,7 @@ def test_the_result_is_that_of_the_validation_part(tmp_path):
         german = f"Satz {n}"
         lines.append(f"{english[translate.part_of(german)]}\t{german}\n")
     (tmp_path / "pairs.tsv").write_text("".join(lines))
-    _, output = run("translate.py", *TINY, "--data", tmp_path / "pairs.tsv", "--out_dir", tmp_path)
+    _, output = run("translate.py", *TINY, "--data", "pairs.tsv")
     assert result_of(output)["bleu"] == pytest.approx(66.87, abs=0.01)  # train would be 100
 
 
@@ -1430,17 +1397,16 @@ def test_weights_are_saved_and_evaluated_in_half_precision(trained):
         assert torch.equal(saved["weights"][name].float(), parameter)
 
 
-def test_the_loss_of_training_is_the_smoothed_mean_over_all_targets(pairs_file, tmp_path):
+def test_the_loss_of_training_is_the_smoothed_mean_over_all_targets(pairs_file):
     options = [*TINY, "--dropout", 0, "--steps", 1, "--lr", 1e-30]      # the weights stay
-    values, _ = run("translate.py", *options, "--data", pairs_file, "--out_dir", tmp_path)
+    values, _ = run("translate.py", *options, "--data", pairs_file)
     n_targets = sum(len(tgt) - 1 for _, tgt in values["batch"])
     loss = translate.batch_loss(values["net"], values["batch"], "cpu", 0.1) / n_targets
     assert values["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_the_norm_of_the_gradient_is_limited_to_1(pairs_file, tmp_path):
-    options = [*TINY, "--steps", 1, "--d_model", 64, "--data", pairs_file, "--out_dir", tmp_path]
-    values, _ = run("translate.py", *options)
+def test_the_norm_of_the_gradient_is_limited_to_1(pairs_file):
+    values, _ = run("translate.py", *TINY, "--steps", 1, "--d_model", 64, "--data", pairs_file)
     assert values["grad_norm"] > 1.1
     norms = torch.stack([p.grad.norm() for p in values["net"].parameters()])
     assert norms.norm().item() == pytest.approx(1, rel=1e-3)
@@ -1459,7 +1425,7 @@ def test_a_save_that_is_interrupted_keeps_the_old_file(monkeypatch, tmp_path):
         with open(path, "w"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", interrupted)
+    monkeypatch.setattr("torch.save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         translate.save({}, str(path))
     assert path.read_text() == "old"
@@ -1507,51 +1473,52 @@ def test_a_killed_training_is_resumed_bit_for_bit(killed, trained, pairs_file, t
     assert (folder / "translate_pairs.tsv.pt").read_bytes() == whole
 
 
-def test_two_processes_have_the_gradients_of_one(pairs_file, tmp_path, monkeypatch):
-    options = [*TINY, "--dropout", 0, "--steps", 1, "--data", pairs_file, "--out_dir", tmp_path]
+def test_two_processes_have_the_gradients_of_one(pairs_file, monkeypatch):
+    options = [*TINY, "--dropout", 0, "--steps", 1, "--data", pairs_file]
     one, _ = run("translate.py", *options)
     group = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": str(20_000 + os.getpid() % 10_000)}
-    other = start(*options, **group, RANK="1")
+             "MASTER_PORT": str(20_000 + os.getpid() % 10_000), "RANK": "1"}
+    for name, value in group.items():
+        monkeypatch.setenv(name, value)
+    other = start(*options)
     try:
-        for name, value in {**group, "RANK": "0"}.items():
-            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("RANK", "0")
         two, _ = run("translate.py", *options)
         errors = other.communicate(timeout=60)[1]
         assert other.returncode == 0, errors
     finally:
         other.kill()
-    # before clipping: a wrong factor in front of the loss would show here
+    # before clipping, which hides a wrong factor
     assert two["grad_norm"].item() == pytest.approx(one["grad_norm"].item(), rel=1e-4)
     for ours, expected in zip(two["net"].parameters(), one["net"].parameters()):
-        assert torch.allclose(ours.grad, expected.grad, atol=1e-5)
+        assert_close(ours.grad, expected.grad)
 
 
-def test_a_rank_in_the_environment_changes_nothing(pairs_file, tmp_path, monkeypatch):
+def test_a_rank_in_the_environment_changes_nothing(pairs_file, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    run("translate.py", *TINY, "--data", pairs_file, "--steps", 1, "--out_dir", tmp_path)
-    assert (tmp_path / "translate_pairs.tsv.pt").exists()
+    run("translate.py", *TINY, "--data", pairs_file, "--steps", 1)
+    assert os.path.exists("out/translate_pairs.tsv.pt")
 
 
 def stdin_of(content):
     return io.TextIOWrapper(io.BytesIO(content))
 
 
-def test_lines_of_standard_input_are_translated_in_order(monkeypatch, tmp_path):
+def test_lines_of_standard_input_are_translated_in_order(monkeypatch):
     content = "\ufeffDas Schaf jagt die alte Maus.\r\n\r\nDen  Vogel weckt der Fuchs.".encode()
-    monkeypatch.setattr(sys, "stdin", stdin_of(content))
-    _, output = run("translate.py", "--data", "toy", "--text", "-", "--out_dir", tmp_path)
+    monkeypatch.setattr("sys.stdin", stdin_of(content))
+    _, output = run("translate.py", "--data", "toy", "--text", "-")
     assert output == "The sheep chases the old mouse.\n\nThe fox wakes the bird.\n"
 
 
 def test_standard_input_that_is_not_utf8_is_refused(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", stdin_of("Hallo!\nMädchen\n".encode("latin-1")))
+    monkeypatch.setattr("sys.stdin", stdin_of("Hallo!\nMädchen\n".encode("latin-1")))
     with pytest.raises(SystemExit, match="line 2 of standard input is not UTF-8"):
         list(translate.read_stdin())
 
 
-def test_at_a_terminal_every_line_is_answered_at_once(monkeypatch, tmp_path, capsys):
+def test_at_a_terminal_every_line_is_answered_at_once(monkeypatch, capsys):
     n_answers = []
 
     def typed_lines():
@@ -1560,9 +1527,9 @@ def test_at_a_terminal_every_line_is_answered_at_once(monkeypatch, tmp_path, cap
             yield b"Den Vogel weckt der Fuchs.\n"
 
     terminal = argparse.Namespace(isatty=lambda: True, buffer=typed_lines())
-    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setattr("sys.stdin", terminal)
     translate.translate_texts(argparse.Namespace(
-        data="toy", out_dir=tmp_path, device="cpu", text=["-"], beam=1, plot=False))
+        data="toy", out_dir="", device="cpu", text=["-"], beam=1, plot=False))
     assert n_answers == [0, 1, 1]
 
 
@@ -1583,29 +1550,29 @@ def test_more_texts_than_a_batch_holds_are_all_translated(toy_model):
 
 def test_a_row_of_the_heatmap_is_named_after_the_token_that_it_produces(toy_model, monkeypatch):
     drawn = []
-    monkeypatch.setattr(translate, "plot_attention", lambda *args, **_: drawn.extend(args))
+    monkeypatch.setattr("translate.plot_attention", lambda *args, **_: drawn.extend(args))
     translate.plot_cross_attention(*toy_model, "Den Hund jagt die Katze.", 1, "")
     assert drawn[1] == ["den", "_hund", "_jagt", "_die", "_katze", ".", "<eos>"]
     assert drawn[2] == ["The", "_cat", "_chases", "_the", "_dog", ".", "<eos>"]
 
 
 def test_the_best_head_is_chosen_on_the_validation_part_and_scored_on_the_test_part(
-        monkeypatch, tmp_path):
+        monkeypatch):
     accuracies = {"val": [[[0.1, 0.9]], [[0, 0]]], "test": [[[0.8, 0.7]], [[0, 0]]]}
     half = torch.tensor(0.5)
 
     def alignment_accuracy(model, tokenizer, part):
         return torch.tensor(accuracies[part]), half, half
 
-    monkeypatch.setattr(translate, "toy_lines", lambda part, _: part)
-    monkeypatch.setattr(translate, "gradient_accuracy", lambda *_: half)
-    monkeypatch.setattr(translate, "alignment_accuracy", alignment_accuracy)
-    assert translate.test_alignment(None, None, tmp_path)[0] == pytest.approx(0.7)
+    monkeypatch.setattr("translate.toy_lines", lambda part, _: part)
+    monkeypatch.setattr("translate.gradient_accuracy", lambda *_: half)
+    monkeypatch.setattr("translate.alignment_accuracy", alignment_accuracy)
+    assert translate.test_alignment(None, None, "")[0] == pytest.approx(0.7)
 
 
-def test_captions_come_out_right(tmp_path):
-    _, output = run("translate.py", "--data", "multi30k", "--out_dir", tmp_path,
-                    "--text", "Zwei Männer spielen Fußball.", "Ein Hund läuft durch den Schnee.")
+def test_captions_come_out_right():
+    _, output = run("translate.py", "--data", "multi30k", "--text",
+                    "Zwei Männer spielen Fußball.", "Ein Hund läuft durch den Schnee.")
     assert re.fullmatch(r"Two men .*play.* soccer\.\nA dog .*run.* through the snow\.\n", output)
 
 
@@ -1633,15 +1600,15 @@ EVERYDAY = {
 }
 
 
-def test_everyday_sentences_come_out_right(tmp_path):
-    _, output = run("translate.py", "--out_dir", tmp_path, "--text", *EVERYDAY)
+def test_everyday_sentences_come_out_right():
+    _, output = run("translate.py", "--text", *EVERYDAY)
     assert output.splitlines() == list(EVERYDAY.values())
 
 
 # --------------------------------------------------------------------------------------------------
 # saliency.py: the Jacobian and the attacks
 def small_network():
-    """A network with random weights, in float64. Its BatchNorms are not the identity."""
+    """In float64. Its BatchNorms are not the identity."""
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
         saliency.BasicBlock(4, 8, stride=2),
@@ -1653,7 +1620,7 @@ def small_network():
 
 
 def small_images(n):
-    """Random images for it with white, black and other pixels, and their right classes."""
+    """With black, white and other pixels, and right classes."""
     images = torch.rand(n, 3, 8, 8, dtype=torch.float64)
     images[:, :, :2] = 0
     images[:, :, 6:] = 1
@@ -1669,8 +1636,8 @@ def test_each_image_gets_the_gradient_that_it_has_alone_in_eval_mode():
     for i in range(4):
         image = x[i:i + 1].clone().requires_grad_()
         F.cross_entropy(model(image), target[i:i + 1]).backward()
-        assert torch.allclose(gradient[i], image.grad[0], rtol=0, atol=1e-12)
-    assert torch.allclose(logits, model(x))
+        assert_close(gradient[i], image.grad[0], rtol=0, atol=1e-12)
+    assert_close(logits, model(x))
     assert not logits.requires_grad
 
 
@@ -1688,7 +1655,7 @@ def test_a_confident_prediction_keeps_its_gradient():
     image = torch.tensor([60.0, 0, 0]).view(1, 3, 1, 1)  # the model returns it as logits
     gradient, _ = saliency.calculate_jacobian(nn.Flatten(), image, torch.tensor([0]))
     expected = torch.tensor([-2.0, 1, 1]) * math.exp(-60)
-    assert torch.allclose(gradient.flatten(), expected, atol=0, rtol=1e-3)
+    assert_close(gradient.flatten(), expected, atol=0, rtol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [1, 1e-30])  # the square of 1e-30 is 0 in float32
@@ -1698,7 +1665,7 @@ def test_saliency_is_the_norm_over_colors_rescaled_to_0_and_1(scale):
     for i in range(2):
         norm = gradient[i].square().sum(dim=0).sqrt()
         expected = (norm - norm.min()) / (norm.max() - norm.min())
-        assert torch.allclose(maps[i], expected, atol=1e-5)
+        assert_close(maps[i], expected)
 
 
 @pytest.mark.parametrize("value", [0.0, 7.0])
@@ -1719,7 +1686,7 @@ def test_every_attack_adds_what_its_name_says():
     attacks = saliency.all_attacks(x, gradient, eps=0.1)
     for name, change in changes.items():
         expected = (x + change).clamp(0, 1)
-        assert torch.allclose(attacks[name], expected, rtol=0, atol=1e-12)
+        assert_close(attacks[name], expected, rtol=0, atol=1e-12)
 
 
 def test_random_signs_change_every_value_by_eps_within_0_and_1_half_of_them_upwards():
@@ -1758,6 +1725,18 @@ def test_the_sign_step_is_ahead_of_other_attacks_as_far_as_the_comment_says(
 
 # --------------------------------------------------------------------------------------------------
 # saliency.py: images and measures
+SALIENCY_WEIGHTS = os.path.join(HERE, "assets", "saliency.pt")
+U, V = saliency.coordinates(16, 16, torch.zeros(1))  # of upright images
+
+
+def upright_maps():
+    """Saliency maps of upright images with the shipped weights, their labels and masks."""
+    model = saliency.load_model(SALIENCY_WEIGHTS)
+    images, labels, masks = saliency.make_images(200, upright=True)
+    gradient, _ = saliency.calculate_jacobian(model, images, labels)
+    return saliency.saliency_map(gradient), labels, masks
+
+
 @pytest.mark.parametrize("name, u, v, distance", [
     ("cross", 0.95, 0, 0), ("cross", 0, -1, 0.05), ("cross", 0.5, 0.34, 0.1),
     ("triangle", 0, 0, 0.26), ("triangle", 0, 0.6, 0),
@@ -1774,16 +1753,15 @@ def test_of_a_shape_rotated_by_90_degrees_u_points_down_and_v_to_the_left():
     angle = torch.tensor(math.pi / 2)
     u, v = saliency.coordinates(10.5, 20.5, angle)
     distance = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    assert torch.allclose(u[0, 20:24, 10], distance, atol=1e-5)
-    assert torch.allclose(v[0, 20, 10:14], -distance, atol=1e-5)
+    assert_close(u[0, 20:24, 10], distance)
+    assert_close(v[0, 20, 10:14], -distance)
 
 
 def test_an_upright_image_shows_the_shape_of_its_label():
     _, labels, masks = saliency.make_images(40, upright=True)
-    u, v = saliency.coordinates(16.0, 16.0, torch.zeros(1))
     for label, mask in zip(labels, masks):
         shape = getattr(saliency, saliency.CLASSES[label])
-        assert torch.equal(mask, shape(u / 9, v / 9)[0] < 0)
+        assert torch.equal(mask, shape(U / 9, V / 9)[0] < 0)
 
 
 def test_in_each_color_the_shape_is_brighter_than_the_whole_background_or_darker():
@@ -1824,13 +1802,9 @@ def test_pointing_is_compared_with_the_middle_pixel_and_with_the_shape_of_anothe
 
 
 def test_saliency_is_larger_in_the_gaps_of_a_shape_than_on_it_and_half_as_large_outside():
-    model = saliency.load_model(os.path.join(HERE, "assets", "saliency.pt")).eval()
-    images, labels, masks = saliency.make_images(200, upright=True)
-    gradient, _ = saliency.calculate_jacobian(model, images, labels)
-    maps = saliency.saliency_map(gradient)
-    u, v = saliency.coordinates(16.0, 16.0, torch.zeros(1))
-    distance = torch.hypot(u, v)[0]
-    gaps = {"triangle": distance < 3, "screw": (distance < 5) & (v[0].abs() < 1.5)}
+    maps, labels, masks = upright_maps()
+    distance = torch.hypot(U, V)[0]
+    gaps = {"triangle": distance < 3, "screw": (distance < 5) & (V[0].abs() < 1.5)}
     near = saliency.within_two_pixels(masks) == 1
     for name, gap in gaps.items():
         of_class = labels == saliency.CLASSES.index(name)
@@ -1841,19 +1815,16 @@ def test_saliency_is_larger_in_the_gaps_of_a_shape_than_on_it_and_half_as_large_
 
 
 def test_the_most_salient_pixel_is_on_the_shape_or_in_its_gaps():
-    model = saliency.load_model(os.path.join(HERE, "assets", "saliency.pt")).eval()
-    images, labels, masks = saliency.make_images(200, upright=True)
-    gradient, _ = saliency.calculate_jacobian(model, images, labels)
-    best = saliency.saliency_map(gradient).flatten(1).argmax(dim=1)
-    u, v = saliency.coordinates(16.0, 16.0, torch.zeros(1))
-    inside = (torch.hypot(u, v) < 9.7).flatten()[best]              # no shape is larger
+    maps, _, masks = upright_maps()
+    best = maps.flatten(1).argmax(dim=1)
+    inside = (torch.hypot(U, V) < 9.7).flatten()[best]              # no shape is larger
     on_shape = masks.flatten(1)[torch.arange(200), best]
     assert inside.float().mean() > 0.95
     assert 0.3 < on_shape.float().mean() < 0.7
 
 
 def test_the_sign_step_increases_the_log_odds_as_predicted_but_not_the_loss():
-    model = saliency.load_model(os.path.join(HERE, "assets", "saliency.pt")).eval()
+    model = saliency.load_model(SALIENCY_WEIGHTS).eval()
     x, y, _ = saliency.make_images(200)
     gradient, logits = saliency.calculate_jacobian(model, x, y)
     loss = saliency.cross_entropy(logits, y)
@@ -1869,7 +1840,7 @@ def test_the_sign_step_increases_the_log_odds_as_predicted_but_not_the_loss():
 
 
 def test_strong_noise_and_its_opposite_both_increase_the_loss():
-    model = saliency.load_model(os.path.join(HERE, "assets", "saliency.pt")).eval()
+    model = saliency.load_model(SALIENCY_WEIGHTS).eval()
     x, y, _ = saliency.make_images(100)
     signs = torch.randn(x.shape).sign()
     before = saliency.cross_entropy(model(x), y)
@@ -1905,15 +1876,13 @@ def test_the_untrained_gradient_near_the_shape_is_no_larger_but_varies_more():
 @pytest.fixture(scope="module")
 def short_saliency_training(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saliency")
-    _, output = run("saliency.py", "--steps", 3, "--batch_size", 8, "--n_images", 20,
-                    "--out_dir", folder)
-    return output, folder
+    values, output = run("saliency.py", "--steps", 20, "--batch_size", 8, "--n_images", 20,
+                         "--out_dir", folder)
+    return values, output, folder
 
 
-def test_a_training_is_adamw_on_new_images_with_a_rate_that_rises_for_15_percent(tmp_path):
-    values, _ = run("saliency.py", "--steps", 20, "--batch_size", 8, "--n_images", 20,
-                    "--out_dir", tmp_path)
-    torch.manual_seed(0)
+def test_a_training_is_adamw_on_new_images_with_a_rate_that_rises_for_15_percent(
+        short_saliency_training):
     saliency.make_images(20)
     model = saliency.small_resnet(4).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=1e-4)
@@ -1925,15 +1894,15 @@ def test_a_training_is_adamw_on_new_images_with_a_rate_that_rises_for_15_percent
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         scheduler.step()
-    for ours, expected in zip(values["model"].parameters(), model.parameters()):
-        assert torch.allclose(ours, expected, atol=1e-4)
+    trained = short_saliency_training[0]["model"].state_dict()
+    assert_close(trained, model.state_dict(), rtol=0, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """A run with the shipped weights: the script's globals and what it printed."""
-    weights = os.path.join(HERE, "assets", "saliency.pt")
-    return run("saliency.py", "--load", weights, "--out_dir", tmp_path_factory.mktemp("loaded"))
+    folder = tmp_path_factory.mktemp("loaded")
+    return run("saliency.py", "--load", SALIENCY_WEIGHTS, "--out_dir", folder)
 
 
 def test_the_three_adversarial_examples_fool_the_network(loaded):
@@ -1948,25 +1917,24 @@ def test_the_circle_is_at_the_most_salient_pixel_of_each_image(monkeypatch):
         def forward(self, x):
             return torch.where(x.mean(dim=(2, 3)) > 0.5, x[:, :, 7, 1], x[:, :, 2, 5])
 
-    x = torch.stack([torch.full((3, 9, 9), 0.2), torch.full((3, 9, 9), 0.8)])
+    x = torch.tensor([0.2, 0.8]).view(2, 1, 1, 1).expand(2, 3, 9, 9)
     figures = []
-    monkeypatch.setattr(saliency.plt, "close", figures.append)
-    saliency.plot_samples(Model(), x, torch.tensor([0, 1]), ["a", "b"], ["r", "g", "b"],
-                          io.BytesIO())
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+    saliency.plot_samples(Model(), x, torch.tensor([0, 1]), "ab", "rgb", io.BytesIO())
     axes = figures[0].axes
     circles = [axes[i].collections[0].get_offsets().tolist() for i in (2, 6)]
     assert circles == [[[5, 2]], [[1, 7]]]
 
 
 def test_the_loss_of_step_0_is_nearly_that_of_a_uniform_prediction(short_saliency_training):
-    output, _ = short_saliency_training
-    loss, uniform = re.findall(r"\d\.\d+", output.splitlines()[0])
+    first = short_saliency_training[1].splitlines()[0]
+    loss, uniform = re.findall(r"\d\.\d+", first)
     assert uniform == f"{math.log(4):.4f}"
     assert float(loss) == pytest.approx(math.log(4), abs=0.3)
 
 
 def test_loading_the_weights_prints_and_draws_what_training_did(short_saliency_training, tmp_path):
-    trained, folder = short_saliency_training
+    _, trained, folder = short_saliency_training
     _, loaded = run("saliency.py", "--load", folder / "saliency.pt", "--n_images", 20,
                     "--out_dir", tmp_path)
     assert loaded[:loaded.index("saved")] in trained
@@ -2041,7 +2009,6 @@ def test_an_unreadable_image_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("image, accuracy", [(["a.png", "a.png"], "1.0000"), (None, "0.5000")])
 def test_photographs_have_the_labels_of_imagenet_and_your_own_the_predicted_class(
         image, accuracy, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     os.mkdir("data")
     for path in ("a.png", "data/a.png"):
         matplotlib.image.imsave(path, torch.rand(30, 30).numpy())
@@ -2049,8 +2016,8 @@ def test_photographs_have_the_labels_of_imagenet_and_your_own_the_predicted_clas
     model = saliency.resnet18()
     model.fc.bias.data[7] = 1000  # always predicts class 7
     torch.save(model.state_dict(), saliency.WEIGHTS[1])
-    monkeypatch.setattr(saliency, "download", lambda *args: None)
-    monkeypatch.setattr(saliency, "PHOTOGRAPHS", [("a.png", 7, ""), ("a.png", 8, "")])
+    monkeypatch.setattr("saliency.download", lambda *args: None)
+    monkeypatch.setattr("saliency.PHOTOGRAPHS", [("a.png", 7, ""), ("a.png", 8, "")])
     args = argparse.Namespace(weights="imagenet", image=image, eps=0.01, attack_steps=1,
                               device="cpu", out_dir=".")
     assert saliency.photographs(args).startswith(f"accuracy={accuracy} ")
@@ -2063,17 +2030,17 @@ NO_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
 
 
 @pytest.mark.parametrize("script, options, message", [
-    ("attention.py", "--lr nan", "argument --lr: invalid positive float value: 'nan'"),
-    ("attention.py", f"--device {NO_DEVICE}", "no such device on this machine"),
-    ("parity.py", "--n_layers -1", "--n_layers -1: 0 or more are needed"),
-    ("counting.py", "--sequence=0,1,3", "--sequence: expected 1 to 10 digits from 0 to 2"),
-    ("counting.py", f"--sequence={'0,' * 11}", "--sequence: expected 1 to 10 digits from 0 to 2"),
-    ("translate.py", "--line 209774", "--line 209774: toy has lines 1 to 209773"),
+    ("attention.py", "--lr nan", "invalid positive float value: 'nan'"),
+    ("attention.py", f"--device {NO_DEVICE}", "no such device"),
+    ("parity.py", "--n_layers -1", "0 or more are needed"),
+    ("counting.py", "--sequence=0,1,3", "expected 1 to 10 digits from 0 to 2"),
+    ("counting.py", f"--sequence={'0,' * 11}", "expected 1 to 10 digits"),
+    ("translate.py", "--line 209774", "toy has lines 1 to 209773"),
     ("translate.py", "--n_heads 3", "--n_heads 3 does not divide --d_model 64"),
     ("translate.py", "--plot", "--plot needs --line or --text"),
-    ("translate.py", "--resume", "there is nothing to resume"),
-    ("translate.py", "--data missing.tsv", "cannot read missing.tsv: [Errno 2]"),
-    ("translate.py", "--data missing.tsv --test", "no weights for missing.tsv: train them with"),
+    ("translate.py", "--resume", "nothing to resume"),
+    ("translate.py", "--data missing.tsv", "cannot read missing.tsv"),
+    ("translate.py", "--data missing.tsv --test", "no weights for missing.tsv"),
     ("saliency.py", "--image photo.jpg", "--image needs --weights"),
 ])
 def test_a_likely_mistake_gives_one_clear_sentence_and_leaves_no_file(
@@ -2081,8 +2048,6 @@ def test_a_likely_mistake_gives_one_clear_sentence_and_leaves_no_file(
     with pytest.raises(SystemExit) as stop:
         run(script, "--out_dir", tmp_path, *options.split())
     assert message in capsys.readouterr().err + str(stop.value.code)
-    # argparse exits with status 2; sys.exit("...") prints the text and exits with status 1
-    assert stop.value.code == 2 or isinstance(stop.value.code, str)
     assert not list(tmp_path.iterdir())
 
 
@@ -2115,8 +2080,7 @@ NO_WEIGHTS = {
     lambda path: translate.load_model("toy", path.parent, "cpu"),
     saliency.load_model, saliency.load_resnet18])
 def test_a_file_without_weights_is_named_in_one_sentence_and_neither_changed_nor_executed(
-        load, content, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+        load, content, tmp_path):
     path = tmp_path / "translate_toy.pt"
     path.write_bytes(content)
     with pytest.raises(SystemExit, match=f".*{path}.*(: delete it|: --load|: --weights).*$"):
@@ -2161,12 +2125,11 @@ def assert_printed(lines, output):
 
 
 @pytest.mark.parametrize("script", SCRIPTS[:3])  # the others take longer
-def test_the_readme_shows_how_the_training_starts(script, tmp_path):
-    _, output = run(script, "--steps", 1, "--out_dir", tmp_path)
+def test_the_readme_shows_how_the_training_starts(script):
+    _, output = run(script, "--steps", 1)
     lines = readme_outputs()[script]
-    start = [line for line in lines if line.startswith("step 0/")]
-    assert len(start) == 1
-    assert_printed(lines[:lines.index(start[0]) + 1], output)
+    n_before = [line[:7] for line in lines].index("step 0/")
+    assert_printed(lines[:n_before + 1], output)
 
 
 def test_the_readme_shows_the_results_of_the_shipped_weights_of_saliency(loaded):
@@ -2178,8 +2141,8 @@ TRANSLATIONS = [options for options in readme_outputs() if re.search("--(line|te
 
 
 @pytest.mark.parametrize("options", TRANSLATIONS)
-def test_the_readme_shows_what_the_shipped_weights_translate(options, tmp_path):
-    _, output = run(*shlex.split(options), "--out_dir", tmp_path)
+def test_the_readme_shows_what_the_shipped_weights_translate(options):
+    _, output = run(*shlex.split(options))
     assert_printed(readme_outputs()[options], output)
 
 
@@ -2210,5 +2173,4 @@ def test_the_attention_function_of_the_readme_is_that_of_attention_py():
     names = {"math": math}
     exec(code, names)
     inputs = queries_keys_values()
-    for ours, theirs in zip(names["attention"](*inputs), attention(*inputs)):
-        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert_close(names["attention"](*inputs), attention(*inputs))
