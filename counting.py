@@ -42,8 +42,7 @@ from attention import attention, parse_args, plot_attention, positive
 # Keys and values are linear maps of the one-hot digits. The queries are parameters, because the
 # questions are always the same: how many 0s, how many 1s, ...? After attention, the query is added
 # to the output and LayerNorm follows, as in a Transformer block. The queries start with small
-# numbers, so all scores are near 0, and no query strongly prefers a digit. (The appendix shows why
-# this matters for softmax.)
+# numbers, so all scores are near 0, and no query strongly prefers a digit.
 class CountingModel(nn.Module):
     """One-hot digits (B, T, V) -> logits of the counts (B, V, L+1) and the weights (B, V, T).
 
@@ -177,11 +176,10 @@ def train(args, activation, all_lengths=True, verbose=False):
 #     angle     0    6   17   37   70  102  121  132  138  142  144
 # The steps are no longer equal, but no two points coincide, and that is enough for a linear layer.
 # Let all rows of `out` be equally long, each pointing at the vector of one count. Then the row of
-# the true count has the largest dot product with the vector, so its logit is the largest. The
-# longer the rows, the larger its lead over the other logits. (LayerNorm's scale and bias do not
-# matter here, because `out` can undo them. All queries share `out`. The points of each query form
-# an arc. If the three arcs lie in orthogonal planes, each row can be the sum of the three vectors
-# of its count.)
+# the true count has the largest dot product with the vector, so its logit is the largest.
+# (LayerNorm's scale and bias do not matter here, because `out` can undo them. All queries share
+# `out`. The points of each query form an arc. If the three arcs lie in orthogonal planes, each row
+# can be the sum of the three vectors of its count.)
 #
 # This is also why the query is added: without it, count * weight * value(0) would have the same
 # direction for every count above 0, and LayerNorm would make all these vectors equal.
@@ -260,9 +258,8 @@ def load(path, sizes):
 # What does it learn when trained at all lengths? Its queries attend to the right digits, but it has
 # one answer for each fraction of 0s. If half of the digits are 0s, 5 is right at length 10, but 2
 # at length 4. Training settles on a compromise, about 6 times the fraction, because the shorter
-# sequences pull the answer down. (With --activation softmax, the counts 3 3 0 are the answer to
-# "0 0 0 1 1 1", but also to "0 1" and to "0 0 0 0 0 1 1 1 1 1".) Near length 6 this is right, so
-# many sequences of lengths 5 to 7 come out right, and hardly any others.
+# sequences pull the answer down. Near length 6 this is right, so many sequences of lengths 5 to 7
+# come out right, and hardly any others.
 #
 # Trained at length 10 only, softmax can count by fractions, because 0.3 always means 3. Even that
 # needs LayerNorm and short queries (see the appendix). It is often right at length 9, too, because
@@ -320,18 +317,16 @@ def compare(args, digits, n_seeds=3):
 # For each of the four, take the logit of 10 minus the logit of 0. The two on the diagonal must be
 # positive, and the other two negative. But `out` is linear, so both pairs have the same sum,
 # because each of them adds up value(0), value(1), query[0] and query[1]. This is XOR: is the digit
-# in the sequence the query's digit? A linear layer cannot tell. (Under sigmoid, the query for 1
-# simply gives the 0s no weight.)
+# in the sequence the query's digit? A linear layer cannot tell.
 #
 # LayerNorm is not linear, so with it the proof does not hold. If a query points in the direction of
 # the value of its digit, their sum gets longer as the count grows. LayerNorm divides by the length,
 # so any other part of the query shrinks, and this tells the counts apart. test_all.py constructs
-# such parameters, which count all 3^10 = 59,049 sequences. Training gets 99.9% right (--compare).
+# such parameters, which count all 3^10 = 59,049 sequences.
 #
 # Second, short queries. The scores are dot products with the queries, so long queries make larger
 # scores that change faster in training. With 1.0 instead of 0.3 in CountingModel, queries settle on
-# wrong digits: with seed 0, the query for 1 gives all of its weight to the 0 in "0 1 2". Then only
-# 0.4% of the sequences are right.
+# wrong digits (exercise 3 in README.md).
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ find the smallest classifier that can.
 
 Parity looks trivial, but it is hard to learn. Flipping any single bit flips the label, so nine bits
 say nothing about the label without the tenth. The loss stays at that of a coin flip for about
-ninety steps, and then falls to almost zero within another hundred or two, with some peaks.
+ninety steps before it falls.
 
 The model has no position embeddings (it is not told where a bit is), and its tokens interact only
-through means. So it sees only the fraction of ones (the comment above the classifier explains why),
-and the 1,024 strings of length 10 are just 11 different inputs. So 11 strings are enough to compute
-the accuracy on all 1,024, and validation proves little: nearly every validation string is a
-training string in another order.
+through means. So it sees only the fraction of ones, and the 1,024 strings of length 10 are just 11
+different inputs. Validation therefore proves little: nearly every validation string is a training
+string in another order.
 
 $ python parity.py                # 2 blocks, width 8, 2,426 parameters
 $ python parity.py --d_model 16
@@ -220,20 +219,18 @@ def plot_curve(losses, accuracies, path):
 # between. So SiLUs can change sign more often than ReLUs:
 #
 #     width    parameters    sign changes    strings right
-#         1            10               0              512    all strings look alike
+#         1            10               0              512
 #         2            20               5              968    no more is possible
 #         3            32               9            1,023    the best found
 #         4            46              10            1,024
 #
-# The second row is a theorem, proved in assets/proof_20.md: with two units f changes sign at most 5
-# times, and then at most 968 strings are right, 0.945 of all. At width 1, LayerNorm subtracts a
-# number from itself, so all strings look alike. All other networks have at least 32 parameters, so
-# 32 is the smallest number that passes 0.95. Whether 32 can get all strings right is not known.
+# The second row is a theorem, proved in assets/proof_20.md: at most 0.945 of all strings are right.
+# At width 1, LayerNorm subtracts a number from itself, so all strings look alike. All other
+# networks have at least 32 parameters, so 32 is the smallest number that passes 0.95.
 #
 # The search below finds the networks in NETWORKS: width, number of blocks, and the numbers of ones
 # that it may get wrong. With 5 of 10 sign changes, at least three numbers are wrong, because giving
 # one up saves at most two changes. 0, 2 and 9 cost least: they stand for only 1 + 45 + 10 strings.
-# At width 3, 1111111111 may be wrong.
 NETWORKS = [
     (2, 0, [0, 2, 9]),
     (3, 0, [10]),
@@ -261,7 +258,7 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
     x (P,) lies in [-1, 1], and the targets are -1 or 1. Only w and b need a search: f is linear
     in a (its last number is k), so the best a is a least squares problem.
     """
-    # Many random starts: units from gentle to steep, in both directions, that bend in [-2, 2].
+    # many random starts
     shape = (n_starts, width)
     bend = 4 * torch.rand(shape, dtype=torch.double) - 2
     direction = 2 * torch.randint(2, shape) - 1                            # -1 or 1
@@ -310,12 +307,11 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
 
 
 # With one block, width 2 is enough, because a block can fold the line of counts at its middle:
-# tokens of the majority become +1 and the others -1. With 7 ones and 3 zeros, the ones become +1
-# and the zeros -1. With 3 ones and 7 zeros it is the other way around. The mean is 0.4 both times,
-# in general |1 - 2c/T|. (With 5 of each there is no majority: ones and zeros cancel, and the mean
-# is 0.) So c and T - c fall on the same point. That costs nothing, because for even T both are odd
-# or both are even. For T = 10 six points are left, with 5 sign changes, which two hidden units can
-# make. This is what depth does here: one fold halves the number of sign changes.
+# tokens of the majority become +1 and the others -1. With 3 or with 7 ones, the mean of the tokens
+# is (7 - 3) / 10 = 0.4, in general |1 - 2c/T|. So c and T - c fall on the same point. That costs
+# nothing, because for even T both are odd or both are even. For T = 10 six points are left, with 5
+# sign changes, which two hidden units can make. This is what depth does here: one fold halves the
+# number of sign changes.
 #
 # The block is set by hand. All vectors are e (1, -1) with some number e. Take 7 zeros and 3 ones:
 #
@@ -605,7 +601,7 @@ if __name__ == "__main__":
               f"seconds={seconds:.1f}")
         sys.exit()
 
-    # data: random strings, the label is 1 for an odd number of ones
+    # data: random strings and their parities
     x = torch.randint(2, (args.n_samples, args.seq_len)).to(args.device)   # (N, T)
     y = x.sum(dim=1) % 2                                                   # (N,)
     n_train = args.n_samples * 4 // 5
@@ -627,7 +623,7 @@ if __name__ == "__main__":
     # Why beta2 is 0.9: when the plateau ends, the norm of the gradient grows from 0.003 to 0.9
     # within 20 steps. Adam divides the gradient by the root of the mean of its squares. With 0.9
     # this mean covers about ten steps and keeps up. The default of 0.999 would cover all steps so
-    # far and lag behind. (Exercise 1 in README shows the result.)
+    # far and lag behind.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.9))
     # the learning rate rises from args.lr / 25 to args.lr and then falls to almost 0
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps,

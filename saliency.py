@@ -38,7 +38,7 @@ from attention import download, parse_args, positive
 # The Jacobian of the loss
 #
 # The loss is the cross-entropy -log p(target), where p(target) is the probability that the network
-# gives to the right class. It is 0 for p = 1, and large for small p.
+# gives to the right class.
 #
 # The Jacobian of a function contains all its partial derivatives: a row for each output, a column
 # for each input. The loss is a single number, so its Jacobian is a single row, the gradient: an
@@ -58,7 +58,7 @@ def calculate_jacobian(model, x, target):
     x = x.detach().requires_grad_()
     logits = eval_logits(model, x)
     # Only one term of this sum depends on image i, its own loss. So the gradient of the sum with
-    # respect to image i is that of its own loss, whatever else is in the batch.
+    # respect to image i is that of its own loss.
     loss = cross_entropy(logits, target).sum()
     gradient = torch.autograd.grad(loss, x)[0]
     return gradient, logits.detach()
@@ -255,7 +255,7 @@ def load_model(path):
 #     coverage                   0   0.3     1     1     1   0.3     0    0.5 - signed distance,
 #                                                                         clamped to [0, 1]
 #
-# Another shape only needs another formula. Two shapes with distances a and b give new ones:
+# Two shapes with distances a and b give new ones:
 #
 #     a together with b          min(a, b)     negative where one of them is negative
 #     where a and b overlap      max(a, b)     negative where both are negative
@@ -405,11 +405,9 @@ def make_images(n, upright=False):
 # little without a comparison:
 #
 # - Trained network. The most salient pixel is nearly always within two pixels of the shape, but on
-#   it only half of the time. Nearly all others are in the gaps of the shape (inside the triangle,
-#   in the slot of the screw, in the notches of the cross). Saliency shows where a *change* matters,
-#   and in the gaps it is at least as large as on the shape: painting the slot of the screw would
-#   make it a disc. Near the shape but outside, it is at most about half as large (see
-#   saliency_mean.png).
+#   it only half of the time. Nearly all others are in the gaps of the shape. Saliency shows where a
+#   *change* matters, and in the gaps it is at least as large as on the shape: painting the slot of
+#   the screw would make it a disc. Near the shape but outside, it is at most about half as large.
 # - Middle pixel. All shapes are near the middle of the image, so this constant answer is right in
 #   93% of the images. The last column takes this into account. It compares the same maps with the
 #   shape of another image, which they should not find.
@@ -419,14 +417,12 @@ def make_images(n, upright=False):
 #   active, so the pattern changes, and the shape has the sharpest edges. The gradient is no larger
 #   there on average (1.01 times, measured with twelve networks), but it varies 1.4 times as much
 #   from pixel to pixel, so its largest value is often there. A map that shows the object therefore
-#   does not prove that the network has learned anything. Compare it with the map of an untrained
-#   network (Adebayo et al. 2018, "Sanity Checks for Saliency Maps",
-#   https://arxiv.org/abs/1810.03292).
+#   does not prove that the network has learned anything (Adebayo et al. 2018, "Sanity Checks for
+#   Saliency Maps", https://arxiv.org/abs/1810.03292).
 # - Edge detector. It cannot tell the classes apart, and is always within two pixels. (It is on the
 #   shape half of the time, because an edge has two sides.) So pointing measures whether a map finds
 #   the object, and not whether it explains the decision.
-# - Random pixel: chance. The shape covers a tenth of the image, and a quarter of the image is
-#   within two pixels of it.
+# - Random pixel: chance.
 @torch.no_grad()
 def predict(model, images):
     """Probabilities (B, n_classes)."""
@@ -494,7 +490,7 @@ def measure_pointing(gradient, gradient_untrained, images, masks):
 # --------------------------------------------------------------------------------------------------
 # What is measured (2): which change of the image fools the network?
 #
-# Three results need an explanation:
+# Two results need an explanation:
 #
 # - The unscaled Jacobian, the gradient added as it is, fools the same few images at every eps. Its
 #   size does not depend on eps but on the confidence of the network: the loss is log(1 + e^z) (see
@@ -502,8 +498,6 @@ def measure_pointing(gradient, gradient_untrained, images, masks):
 #   factor of every entry. Where the network is confidently right, the largest entry is usually
 #   below 1/255, too small to matter. Where it is less confident, the entries are many times larger,
 #   and less is needed to fool it.
-# - At eps = 2/255 this attack fools more images than the sign step, because it changes them by more
-#   than 2/255.
 # - At eps = 16/255 random signs fool a tenth of the images, more than the scaled Jacobian. To first
 #   order the opposite signs would decrease the loss, but here they usually increase it, too. So
 #   even z is far from linear for such noise, which is three times as strong as the noise in the
@@ -662,9 +656,8 @@ def _show_predictions(axes, model, images, labels, names):
 # Appendix (skip it on a first reading): photographs and ResNet-18
 #
 # This part draws samples and adversarial examples for photographs, with a ResNet-18 trained on
-# ImageNet. The attributes have torchvision's names, so that torchvision's weights load, and with
-# the same weights the outputs are the same. The trained weights could not be downloaded so far, so
-# these figures are unchecked.
+# ImageNet. The attributes have torchvision's names, so that torchvision's weights load. The trained
+# weights could not be downloaded so far, so these figures are unchecked.
 class ResNet(nn.Module):
     """ResNet-18: (B, 3, 224, 224) -> logits (B, n_classes)."""
 
@@ -706,7 +699,7 @@ def load_resnet18(path):
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(weights)
-    except Exception as error:                      # torch.load can fail in many ways
+    except Exception as error:
         sys.exit(f"cannot load {path} ({type(error).__name__}): --weights needs a file with a "
                  "plain state_dict of torchvision's resnet18 for 1,000 classes")
     print(f"weights from {path}", file=sys.stderr)
@@ -891,7 +884,7 @@ if __name__ == "__main__":
         torch.save(saved, path)
         print(f"saved {path}")
 
-    # evaluation; half of the images are attacked
+    # evaluation
     accuracy = accuracy_of(model, images, labels)
     print(f"{args.n_images:,} new images: accuracy {accuracy:.4f}\n")
     gradient, _ = calculate_jacobian(model, images, labels)
@@ -911,7 +904,7 @@ if __name__ == "__main__":
     accuracy_attacked = accuracy_of(model, adversarial, y)
     print()
 
-    # figures: the first image of each class, mean saliency, three images that fool the network
+    # figures
     first = []
     for c in range(len(CLASSES)):
         of_class = (y == c).nonzero().flatten().tolist()
