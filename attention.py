@@ -38,8 +38,7 @@ from torch import nn
 # --------------------------------------------------------------------------------------------------
 # Attention with loops
 #
-# The example above in plain Python. Softmax takes the exponential of each score, which is always
-# positive, and divides by the sum.
+# The example above in plain Python.
 def attention_loops(queries, keys, values):
     """Lists of T_q queries, T_k keys and T_k values -> T_q weighted means of the values."""
     outputs = []
@@ -104,10 +103,9 @@ def attention(q, k, v, mask=None, activation="softmax"):
     q = q / math.sqrt(q.size(-1))
     scores = q @ k.transpose(-2, -1)                                       # (..., T_q, T_k)
     if mask is not None:
-        # Softmax turns the lowest possible number into weight 0. -inf would work, too, but a row
-        # where everything is masked would become NaN: softmax first subtracts the largest score of
-        # the row, so that exp cannot overflow, and -inf - (-inf) is NaN. The second masked_fill
-        # would remove the NaN, but torch's anomaly detection would report it.
+        # Softmax turns the lowest possible number into weight 0. With -inf, a row where everything
+        # is masked would become NaN: softmax first subtracts the largest score of the row, and
+        # -inf - (-inf) is NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
 
     if activation == "softmax":
@@ -116,7 +114,7 @@ def attention(q, k, v, mask=None, activation="softmax"):
         weights = scores.sigmoid()
     if mask is not None:
         # Where everything is masked, all scores are equal, so softmax gives all keys the same
-        # weight. Make it 0, so that the output is 0.
+        # weight. Make it 0.
         weights = weights.masked_fill(~mask, 0.0)
 
     output = weights @ v                                                   # (..., T_q, d_v)
@@ -127,11 +125,9 @@ def attention(q, k, v, mask=None, activation="softmax"):
 # A dictionary that learns how to compare
 #
 # Each query is one of the keys, rotated by an unknown rotation, plus noise, so the largest dot
-# product is rarely that of the right key. Two linear maps learn to undo the rotation. (One would be
-# enough, because the scores contain only the product of their matrices. Attention usually has
-# both.) Every batch has new random keys, and the test does, too. So the maps have to learn how to
-# compare. The values are one-hot vectors, so the output is equal to the weights: a probability for
-# each key.
+# product is rarely that of the right key. Two linear maps learn to undo the rotation. Every batch
+# has new random keys, so the maps have to learn how to compare. The values are one-hot vectors, so
+# the output is equal to the weights: a probability for each key.
 class DifferentiableDictionary(nn.Module):
     """Attention with learned maps of query (..., T_q, d_model) and key (..., T_k, d_model)."""
 
@@ -258,8 +254,7 @@ def download(url, path, sha256):
 #
 # The formula keeps all T x T weights for the backward pass. F.scaled_dot_product_attention computes
 # them block by block, keeps q, k, v, the output and one number for each query, and computes the
-# weights again in the backward pass. (One compiled function does all this: a fused kernel.) It
-# never has all weights at once, so it cannot return them, but our heatmaps need them.
+# weights again in the backward pass. (One compiled function does all this: a fused kernel.)
 def explicit(q, k, v):
     """The output of `attention` alone, which is what the fused kernel returns."""
     output, _ = attention(q, k, v)
@@ -323,9 +318,7 @@ def plot_benchmark(lengths, times, memory, path):
     for axis, values in zip(axes, (times, memory)):
         axis.loglog(lengths, values["explicit"], "o-", label="explicit")
         axis.loglog(lengths, values["fused"], "s-", label="fused")
-        # A guide line for T^2, above the longer half of the lengths. (At shorter lengths, the
-        # curves rise more slowly: each call has some overhead, and q / sqrt(d_k) grows only like
-        # T.)
+        # A guide line for T^2, above the longer half of the lengths, where T^2 dominates.
         half = len(lengths) // 2
         long = lengths[half:]
         ratios = [y / T ** 2 for y, T in zip(values["explicit"][half:], long)]
@@ -420,7 +413,7 @@ if __name__ == "__main__":
         # get a batch
         query, key, target = make_lookups(args.batch_size, args.n_keys, rotation, args.noise)
 
-        # forward: the output is a probability for each key. Adding 1e-9 keeps the log finite.
+        # forward. Adding 1e-9 keeps the log finite.
         output, _ = model(query, key, value)                               # (B, n_keys, n_keys)
         log_probability = (output + 1e-9).log()
         loss = F.nll_loss(log_probability.flatten(0, 1), target.flatten())
@@ -430,8 +423,7 @@ if __name__ == "__main__":
         loss.backward()
         optimizer.step()
 
-        # log. The maps start out random, so the first loss is usually a little above ln(n_keys),
-        # but it can be below by chance.
+        # log. The maps start out random, so the first loss is close to ln(n_keys).
         if step == 0:
             print(f"step 0/{args.steps}: loss {loss:.4f}, "
                   f"uniform prediction ln {args.n_keys} = {math.log(args.n_keys):.4f}")

@@ -4,14 +4,14 @@ Translate German to English with the Transformer of "Attention Is All You Need".
 The encoder reads the German sentence. The decoder writes the English one, token by token, and
 cross-attention lets each step attend to the German tokens. There are three corpora:
 
-toy       a small German grammar. The object may come first, marked by its article (den, einen).
-          Training takes half a minute. We know the right source word of every target word, so we
-          can measure how well each attention head finds it, and how well the gradient does.
-tatoeba   169,813 pairs of everyday sentences: what people say.
+toy       a small German grammar. Training takes half a minute. We know the right source word of
+          every target word, so we can measure how well each attention head finds it, and how
+          well the gradient does.
+tatoeba   169,813 pairs of everyday sentences.
 multi30k  29,000 captions of photographs, a common benchmark.
 
 Trained weights for all three are in assets/. Weights that you train yourself are saved in
---out_dir, and the script prefers them to those in assets/.
+--out_dir, and the script prefers them.
 
 $ python translate.py --text "Wie geht es dir?"     # any text, with the weights for tatoeba
 $ python translate.py --text -                      # every line that you type
@@ -412,7 +412,6 @@ def toy_pair(n):
         german_order = ["adverb", "finite", "subject", "object", "last"]
         english_order = ["adverb", "subject", "finite", "last", "object"]
 
-    # Put the parts in order.
     parts = {"subject": subject, "finite": finite, "adverb": adverb, "object": object_,
              "last": last}
     german = []
@@ -591,8 +590,7 @@ def load_pairs(data, part):
 #     hu nd       hu nd e       hu n g e r      h a nd      b u nd     2. h + u    (3 times)
 #     hund        hund e        hu n g e r      h a nd      b u nd     3. hu + nd  (2 times)
 #
-# (In a tie, such as n + d and u + n, or later h + u and u + nd, the pair with the smaller numbers
-# is merged.)
+# (In a tie, such as n + d and u + n, the pair with the smaller numbers is merged.)
 
 WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")  # a word with the space before it; merges stay inside
 FIRST_BYTE = EOS + 1                        # tokens: PAD, BOS, EOS, 256 bytes, then the merges
@@ -831,7 +829,6 @@ def greedy(model, src):
 # Every token lowers the score, which favors short translations. So every step ranks by score /
 # length, including the hypotheses that have ended: -1.7 / 3 = -0.57 and -2.0 / 4 = -0.50, and "We
 # sleep well" wins. A longer hypothesis can still win, so the search goes on until all have ended.
-# With beam = 1, beam search is greedy decoding.
 
 
 @torch.no_grad()
@@ -860,7 +857,7 @@ def beam_search(model, src, beam, length_penalty=1.0):
         # A hypothesis that has ended stays as it is: its only extension is PAD, at no cost.
         log_probs[ended] = -math.inf
         log_probs[..., PAD][ended] = 0.0
-        # Rank all extensions of a sentence by score / length, and keep the best.
+        # Rank all extensions of a sentence, and keep the best.
         lengths = lengths + ~ended
         extended = scores.unsqueeze(-1) + log_probs
         ranking = extended / lengths.unsqueeze(-1) ** length_penalty
@@ -870,8 +867,7 @@ def beam_search(model, src, beam, length_penalty=1.0):
         scores = extended.flatten(1).gather(1, best)
         lengths = lengths.gather(1, parent)
         ended = ended.gather(1, parent) | (token == EOS)
-        # The hypotheses continue in a new order, and so do their keys and values (those of the
-        # source are the same for all hypotheses of a sentence).
+        # The hypotheses continue in a new order, and so do their keys and values.
         rows = (first_row + parent).flatten()                               # (B * beam,)
         tokens = torch.cat([tokens[rows], token.view(-1, 1)], dim=1)
         for module, (key, value) in cache.items():
@@ -978,11 +974,10 @@ def bleu(translations, references):
 # rows of the weights for each word: the one that *produces* it (as output) and the next one, which
 # *consumes* it (as input; Chen et al. 2020, https://arxiv.org/abs/2004.14837). After training, the
 # rows of the last block attend to the source of the word that they produce: the best head is right
-# for 96% of the words, the gradient for 95%, the diagonal for 62%, chance for 13% (--test). This
-# block does most of the translating: with the cross-attention of the first block set to 0, the
-# model still predicts every word of 150 sentences, given the words before it. With that of the last
-# block set to 0, it predicts about half of them. (In real languages, Chen et al. find that rows
-# which consume a word are better.)
+# for 96% of the words. This block does most of the translating: with the cross-attention of the
+# first block set to 0, the model still predicts every word of 150 sentences, given the words before
+# it. With that of the last block set to 0, it predicts about half of them. (In real languages, Chen
+# et al. find that rows which consume a word are better.)
 def right_words(alignment, n_source_words):
     """(T, S) booleans: True where source word s is right for target word t."""
     right = torch.zeros(len(alignment), n_source_words, dtype=torch.bool)
@@ -1112,7 +1107,7 @@ def load_model(data, out_dir, device):
         model.load_state_dict(saved["weights"])
         tokenizer = Tokenizer(saved["merges"])
         steps = saved["steps"]
-    except Exception as error:                      # torch.load can fail in many ways
+    except Exception as error:
         sys.exit(f"{path} does not hold weights of translate.py ({type(error).__name__}): "
                  "delete it or train again")
     print(f"weights from {path}, trained for {steps} steps", file=sys.stderr)
@@ -1325,7 +1320,7 @@ if __name__ == "__main__":
         sys.exit()
 
     # several processes, started by torchrun (skip this on a first reading): each takes a part of
-    # every batch, and DistributedDataParallel averages the gradients; usually there is only one
+    # every batch, and DistributedDataParallel averages the gradients
     rank = 0            # the number of this process
     world_size = 1      # the number of processes
     if distributed.is_torchelastic_launched():
@@ -1357,7 +1352,7 @@ if __name__ == "__main__":
     examples = encode_pairs(tokenizer, train_pairs)
     val_examples = encode_pairs(tokenizer, val_pairs)
 
-    # model and optimizer; betas and eps are those of section 5.3, `learning_rate` is ours
+    # model and optimizer; betas and eps are those of section 5.3
     vocab_size = len(tokenizer.pieces)
     sizes = [vocab_size, MAX_LEN, args.d_model, args.n_heads, args.n_enc_layers, args.n_dec_layers]
     model = TransformerModel(*sizes, dropout=args.dropout).to(args.device)
@@ -1420,8 +1415,7 @@ if __name__ == "__main__":
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
         optimizer.step()
 
-        # log, and save a checkpoint; the validation loss can be lower than the loss, because it has
-        # no dropout and no label smoothing
+        # log, and save a checkpoint
         if step == 0 and rank == 0:
             print(f"step 0/{args.steps}: loss {loss:.4f}, uniform prediction ln {vocab_size} = "
                   f"{math.log(vocab_size):.4f}", flush=True)
