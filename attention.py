@@ -105,7 +105,8 @@ def attention(q, k, v, mask=None, activation="softmax"):
     if mask is not None:
         # Softmax turns the lowest possible number into weight 0. With -inf, a row where everything
         # is masked would become NaN: softmax first subtracts the largest score of the row, and
-        # -inf - (-inf) is NaN.
+        # -inf - (-inf) is NaN. The masked_fill below would remove it, but torch's anomaly detection
+        # would report it.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
 
     if activation == "softmax":
@@ -423,7 +424,8 @@ if __name__ == "__main__":
         loss.backward()
         optimizer.step()
 
-        # log. The maps start out random, so the first loss is close to ln(n_keys).
+        # log. The untrained maps give the right key no advantage, so the first loss is near
+        # ln(n_keys), usually above it, sometimes below by chance.
         if step == 0:
             print(f"step 0/{args.steps}: loss {loss:.4f}, "
                   f"uniform prediction ln {args.n_keys} = {math.log(args.n_keys):.4f}")

@@ -262,8 +262,8 @@ def load(path, sizes):
 # come out right, and hardly any others.
 #
 # Trained at length 10 only, softmax can count by fractions, because 0.3 always means 3. Even that
-# needs LayerNorm and short queries (see the appendix). It is often right at length 9, too, because
-# c / 9 is at most 0.1 above c / 10 and is mostly still read as c.
+# needs LayerNorm and short queries (see the appendix). It is often right at length 9, too: 4/9 is
+# only a little above 4/10 and is still read as 4, but 6/9 is often read as 7.
 def compare(args, digits, n_seeds=3):
     """Train both activations at one and at all lengths and print their accuracy at each length.
 
@@ -326,7 +326,8 @@ def compare(args, digits, n_seeds=3):
 #
 # Second, short queries. The scores are dot products with the queries, so long queries make larger
 # scores that change faster in training. With 1.0 instead of 0.3 in CountingModel, queries settle on
-# wrong digits (exercise 3 in README.md).
+# wrong digits (exercise 3 in README.md). The scores matter most: scaling only them by 0.3 is enough
+# with two of three seeds, scaling only the query that is added to the output with none.
 
 
 if __name__ == "__main__":

@@ -308,10 +308,11 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
 
 # With one block, width 2 is enough, because a block can fold the line of counts at its middle:
 # tokens of the majority become +1 and the others -1. With 3 or with 7 ones, the mean of the tokens
-# is (7 - 3) / 10 = 0.4, in general |1 - 2c/T|. So c and T - c fall on the same point. That costs
-# nothing, because for even T both are odd or both are even. For T = 10 six points are left, with 5
-# sign changes, which two hidden units can make. This is what depth does here: one fold halves the
-# number of sign changes.
+# is (7 - 3) / 10 = 0.4, in general |1 - 2c/T|. (With 5 of each there is no majority: ones and zeros
+# cancel, and the mean is 0.) So c and T - c fall on the same point. That costs nothing, because for
+# even T both are odd or both are even. For T = 10 six points are left, with 5 sign changes, which
+# two hidden units can make. This is what depth does here: one fold halves the number of sign
+# changes.
 #
 # The block is set by hand. All vectors are e (1, -1) with some number e. Take 7 zeros and 3 ones:
 #

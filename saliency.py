@@ -129,8 +129,9 @@ def scale_to_1(gradient):
 #
 # How small is small? The loss log(1 + e^z) (see cross_entropy) is curved, but z itself is nearly
 # linear along this step, and its gradient has the same signs. At eps = 8/255, z increases from -7.8
-# by 7.7, as the gradient predicts (medians of 500 images). The network is wrong where z > 0, so
-# this step fools almost half of the images.
+# by 7.7, as the gradient predicts (medians of 500 images). The network can be wrong only where
+# z > 0, that is p(target) < 1/2, and there it nearly always is. So this step fools almost half of
+# the images.
 #
 # An example with three values, g = (3, -1, 0.1):
 #
@@ -405,9 +406,10 @@ def make_images(n, upright=False):
 # little without a comparison:
 #
 # - Trained network. The most salient pixel is nearly always within two pixels of the shape, but on
-#   it only half of the time. Nearly all others are in the gaps of the shape. Saliency shows where a
-#   *change* matters, and in the gaps it is at least as large as on the shape: painting the slot of
-#   the screw would make it a disc. Near the shape but outside, it is at most about half as large.
+#   it only half of the time. Nearly all others are in the gaps of the shape (inside the triangle,
+#   in the slot of the screw, in the notches of the cross). Saliency shows where a *change* matters,
+#   and in the gaps it is at least as large as on the shape: painting the slot of the screw would
+#   make it a disc. Near the shape but outside, it is at most about half as large.
 # - Middle pixel. All shapes are near the middle of the image, so this constant answer is right in
 #   93% of the images. The last column takes this into account. It compares the same maps with the
 #   shape of another image, which they should not find.

@@ -273,7 +273,7 @@ class TransformerModel(nn.Module):
 # German sentence has exactly one translation. This lets us count any other translation as wrong,
 # and we know the German words of every English word.
 
-N_TOY_LINES = 209_773       # for --line
+N_TOY_LINES = 209_773       # for --line; `toy_pair` works for every n
 N_TOY_TRAINING_LINES = 100_000
 
 NOUNS = {  # German, gender, English
@@ -826,8 +826,8 @@ def greedy(model, src):
 #             We sleep well (-1.8)   ...                            keep the left column
 #   step 4    I sleep <eos> (-1.7)   We sleep well <eos> (-2.0)     both have ended
 #
-# Every token lowers the score, which favors short translations. So every step ranks by score /
-# length, including the hypotheses that have ended: -1.7 / 3 = -0.57 and -2.0 / 4 = -0.50, and "We
+# Every token lowers the score, which favors short translations. So every step ranks all hypotheses,
+# including those that have ended, by score / length: -1.7 / 3 = -0.57 and -2.0 / 4 = -0.50, and "We
 # sleep well" wins. A longer hypothesis can still win, so the search goes on until all have ended.
 
 
