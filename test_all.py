@@ -1369,6 +1369,11 @@ def test_a_line_that_is_too_long_is_not_drawn(trained, pairs_file):
     assert "saved" not in output
 
 
+def test_a_toy_line_after_those_of_training_may_repeat_one():
+    _, output = run("translate.py", "--line", 200_000)
+    assert output.endswith("yes, unless it is also among the first 100,000 lines\n")
+
+
 def test_the_result_is_that_of_the_validation_part(tmp_path):
     english = {"train": "one two three four five", "val": "one two three four six", "test": "six"}
     lines = []
@@ -1546,6 +1551,11 @@ def test_the_shipped_weights_have_at_most_8_mb(data):
 def test_more_texts_than_a_batch_holds_are_all_translated(toy_model):
     texts = ["Den Vogel weckt der Fuchs."] * 66
     assert translate.translate(*toy_model, texts, beam=1) == ["The fox wakes the bird."] * 66
+
+
+def test_every_text_gets_its_own_heatmap():
+    run("translate.py", "--data", "toy", "--plot", "--text", "Der Hund jagt mich.", "Hunde!")
+    assert set(os.listdir("out")) == {"translate_toy_1.png", "translate_toy_2.png"}
 
 
 def test_a_row_of_the_heatmap_is_named_after_the_token_that_it_produces(toy_model, monkeypatch):
