@@ -1,5 +1,5 @@
 """
-Scaled dot-product attention: what it computes, and what it costs.
+Scaled dot-product attention: what it computes, and how it learns to look things up.
 
 Attention is a differentiable dictionary lookup. A Python dictionary finds the key that is equal to
 the query and returns its value. Attention computes how similar the query is to every key, turns
@@ -15,18 +15,20 @@ For one query and three key-value pairs:
     weights = softmax      =  0.67 0.09 0.24     exp / sum of exp: positive, sum to 1
     output                 =  7.88 2.12          0.67 * (10, 0) + 0.09 * (0, 10) + 0.24 * (5, 5)
 
-$ python attention.py               # this example for three queries, then a dictionary that learns
-$ python attention.py --benchmark   # time and memory, compared with torch's own function
+$ python attention.py    # this example for three queries, then a dictionary that learns
 
 Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1, https://arxiv.org/abs/1706.03762
 """
 
 import argparse
 import hashlib
+import http.client
 import math
 import os
-import statistics
+import signal
+import socket
 import sys
+import tempfile
 import time
 
 import matplotlib.pyplot as plt
@@ -87,7 +89,7 @@ def attention_loops(queries, keys, values):
 #
 # A sigmoid can replace softmax. Under softmax the keys compete: one weight can increase only if
 # others decrease. A sigmoid turns each score into a weight between 0 and 1 on its own, so they do
-# not have to sum to 1. counting.py shows what this is good for.
+# not have to sum to 1. counting.py shows when this helps.
 def attention(q, k, v, mask=None, activation="softmax"):
     """Scaled dot-product attention. Returns output (..., T_q, d_v) and weights (..., T_q, T_k).
 
@@ -95,6 +97,10 @@ def attention(q, k, v, mask=None, activation="softmax"):
     `mask` is boolean, broadcasts to (..., T_q, T_k), and True means that the query *may* attend to
     the key, as in `F.scaled_dot_product_attention`. (`nn.MultiheadAttention` does the opposite.)
     A query that may attend to nothing gets zeros.
+
+    `F.scaled_dot_product_attention` computes the same output without storing all weights. For 4
+    heads and 4,096 tokens these take 4 x 4,096 x 4,096 x 4 bytes = 256 MiB. But it cannot return
+    them, and the heatmaps need them.
     """
     assert activation in ("softmax", "sigmoid"), activation
     assert mask is None or mask.dtype == torch.bool, "mask must be boolean, True = may attend"
@@ -103,10 +109,8 @@ def attention(q, k, v, mask=None, activation="softmax"):
     q = q / math.sqrt(q.size(-1))
     scores = q @ k.transpose(-2, -1)                                       # (..., T_q, T_k)
     if mask is not None:
-        # Softmax turns the lowest possible number into weight 0. With -inf, a row where everything
-        # is masked would become NaN: softmax first subtracts the largest score of the row, and
-        # -inf - (-inf) is NaN. The masked_fill below would remove it, but torch's anomaly detection
-        # would report it.
+        # The lowest number and not -inf: softmax subtracts the largest score of the row, and where
+        # everything is masked, -inf - (-inf) would be NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
 
     if activation == "softmax":
@@ -114,8 +118,7 @@ def attention(q, k, v, mask=None, activation="softmax"):
     else:
         weights = scores.sigmoid()
     if mask is not None:
-        # Where everything is masked, all scores are equal, so softmax gives all keys the same
-        # weight. Make it 0.
+        # Where everything is masked, softmax gives all keys the same weight. Make it 0.
         weights = weights.masked_fill(~mask, 0.0)
 
     output = weights @ v                                                   # (..., T_q, d_v)
@@ -205,32 +208,57 @@ def plot_attention(weights, x_labels, y_labels, path, titles=None, x_name="key",
 
 
 def parse_args(parser):
-    """Add the options that all scripts share, parse, seed torch, create the output folder."""
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="where to compute",
-                        default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out_dir", default="out", help="folder for figures and weights")
+    """Add the options that all scripts share, parse the command line, seed torch.
+
+    The parser's description is the docstring of the script. `--help` prints its first paragraph,
+    and its examples at the end.
+    """
+    lines = parser.description.splitlines()
+    parser.epilog = "\n".join(line for line in lines if line.startswith("$ "))
+    parser.description = parser.description.split("\n\n")[0].strip()
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter      # keeps the line breaks
+    parser.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0,
+                        help="random seed (default: 0)")
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"],
+                        default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where to compute (default: cuda if available)")
+    parser.add_argument("--out_dir", default="out",
+                        help="folder for what the script writes (default: out)")
     args = parser.parse_args()
-    # a character that the console does not have must not end a training run
+
+    # Print every line at once, also into a file. Characters that the console does not have must
+    # not stop a training run.
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    # Ctrl-C, and a pipe that closes (| head), end the program without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "SIGPIPE"):                                         # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if args.device != "cpu" and not getattr(torch, args.device).is_available():
         sys.exit(f"--device {args.device}: no such device on this machine, try --device cpu")
     torch.manual_seed(args.seed)
-    os.makedirs(args.out_dir, exist_ok=True)
     return args
 
 
-def positive(kind):
-    """An argparse type: positive(int) and positive(float) accept positive finite numbers only."""
+def number(kind, least, most=math.inf):
+    """An argparse type for finite numbers from `least` to `most`. `kind` is int or float."""
     def _parse(text):
-        number = kind(text)
-        if not 0 < number < math.inf:
+        value = kind(text)
+        if not least <= value <= most or value == math.inf:                # NaN fails, too
             raise ValueError
-        return number
-    _parse.__name__ = f"positive {kind.__name__}"  # argparse: "invalid positive int value: '0'"
+        return value
+    _parse.__name__ = f"{kind.__name__} from {least} to {most}"            # for argparse's message
     return _parse
+
+
+def make_folder(path):
+    """Create a folder unless it exists. If we cannot write to it, end the program."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        sys.exit(f"cannot write to {path}: {error}")
 
 
 def download(url, path, sha256):
@@ -242,132 +270,24 @@ def download(url, path, sha256):
             sys.exit(f"{path} is not the file from {url} (its SHA-256 differs): delete it, and the "
                      "next run downloads it again")
         return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    make_folder(os.path.dirname(path))
     print(f"downloading {url}")
+    socket.setdefaulttimeout(30)        # seconds without an answer
     try:
         torch.hub.download_url_to_file(url, path, hash_prefix=sha256, progress=False)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         sys.exit(f"cannot download {url} ({error}): try again, or save the file as {path} yourself")
-
-
-# --------------------------------------------------------------------------------------------------
-# Appendix (skip it on a first reading): how time and memory grow with the sequence length T
-#
-# The formula keeps all T x T weights for the backward pass. F.scaled_dot_product_attention computes
-# them block by block, keeps q, k, v, the output and one number for each query, and computes the
-# weights again in the backward pass. (One compiled function does all this: a fused kernel.)
-def explicit(q, k, v):
-    """The output of `attention` alone, which is what the fused kernel returns."""
-    output, _ = attention(q, k, v)
-    return output
-
-
-def measure_time(function, q, k, v):
-    """Milliseconds for forward and backward pass, the median of 5 runs."""
-    runs = []
-    for _ in range(6):
-        start = time.perf_counter()
-        function(q, k, v).sum().backward()
-        # GPU calls return before the work is done, so wait
-        getattr(torch, q.device.type).synchronize()
-        runs.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(runs[1:])  # the first run is a warm-up
-
-
-def measure_memory(function, q, k, v):
-    """MiB that autograd keeps for the backward pass, without q, k and v themselves."""
-    n_bytes = {}  # for each address, because a tensor and its transpose share one
-
-    def _pack(tensor):
-        storage = tensor.untyped_storage()
-        n_bytes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(_pack, lambda tensor: tensor):
-        function(q, k, v)
-    for tensor in (q, k, v):
-        n_bytes.pop(tensor.data_ptr(), None)
-    return sum(n_bytes.values()) / 2 ** 20
-
-
-def benchmark(device, lengths):
-    """Print a table; return times (ms) and memory (MiB), lists in dicts {"explicit", "fused"}."""
-    print("batch 1, 4 heads of width 64, float32")
-    print("ms: forward and backward, median of 5; MiB: kept for the backward pass")
-    print("     T |       explicit            |       fused")
-    functions = {"explicit": explicit, "fused": F.scaled_dot_product_attention}
-    times = {"explicit": [], "fused": []}
-    memory = {"explicit": [], "fused": []}
-    for T in lengths:
-        q = torch.randn(1, 4, T, 64, device=device, requires_grad=True)    # (B, H, T, d_k)
-        k = torch.randn(1, 4, T, 64, device=device, requires_grad=True)
-        v = torch.randn(1, 4, T, 64, device=device, requires_grad=True)
-        print(f"{T:6}", end="")
-        for name, function in functions.items():
-            ms = measure_time(function, q, k, v)
-            mib = measure_memory(function, q, k, v)
-            print(f" | {ms:9.2f} ms {mib:7.2f} MiB", end="")
-            times[name].append(ms)
-            memory[name].append(mib)
-        print(flush=True)
-    return times, memory
-
-
-def plot_benchmark(lengths, times, memory, path):
-    """Plot time and memory over T on logarithmic axes, where each power of T is a straight line."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, values in zip(axes, (times, memory)):
-        axis.loglog(lengths, values["explicit"], "o-", label="explicit")
-        axis.loglog(lengths, values["fused"], "s-", label="fused")
-        # A guide line for T^2, above the longer half of the lengths, where T^2 dominates.
-        half = len(lengths) // 2
-        long = lengths[half:]
-        ratios = [y / T ** 2 for y, T in zip(values["explicit"][half:], long)]
-        guide = [2 * max(ratios) * T ** 2 for T in long]
-        axis.loglog(long, guide, "--", color="gray", label=r"$\propto T^2$")
-    # A guide line for T, below the memory of the fused kernel.
-    ratios = [y / T for y, T in zip(memory["fused"], lengths)]
-    guide = [min(ratios) / 2 * T for T in lengths]
-    axes[1].loglog(lengths, guide, ":", color="gray", label=r"$\propto T$")
-    for axis, title in zip(axes, ["forward and backward: ms", "kept for the backward pass: MiB"]):
-        axis.set(title=title, xlabel="sequence length T", xticks=lengths, xticklabels=lengths)
-        axis.minorticks_off()
-        axis.legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    print(f"saved {path}")
 
 
 if __name__ == "__main__":
     start = time.perf_counter()
 
     # options
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--n_keys", type=positive(int), default=12,
-                        help="entries in each dictionary")
-    parser.add_argument("--d_model", type=positive(int), default=32,
-                        help="width of queries and keys")
-    parser.add_argument("--noise", type=float, default=0.1,
-                        help="standard deviation of the noise")
-    parser.add_argument("--steps", type=positive(int), default=400, help="training steps")
-    parser.add_argument("--batch_size", type=positive(int), default=64,
-                        help="dictionaries in each batch")
-    parser.add_argument("--lr", type=positive(float), default=0.01, help="learning rate")
-    parser.add_argument("--benchmark", action="store_true",
-                        help="measure time and memory of attention instead")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=number(int, 1), default=400,
+                        help="training steps (default: 400)")
     args = parse_args(parser)
-
-    if args.benchmark:
-        lengths = [64, 128, 256, 512, 1024, 2048, 4096]
-        times, memory = benchmark(args.device, lengths)
-        path = os.path.join(args.out_dir, "attention_benchmark.png")
-        plot_benchmark(lengths, times, memory, path)
-        speedup = times["explicit"][-1] / times["fused"][-1]
-        memory_ratio = memory["explicit"][-1] / memory["fused"][-1]
-        seconds = time.perf_counter() - start
-        print(f"result: speedup={speedup:.2f} memory_ratio={memory_ratio:.1f} "
-              f"seconds={seconds:.1f}")
-        sys.exit()
+    make_folder(args.out_dir)
 
     # the example of the docstring, for three queries at once
     torch.set_printoptions(precision=2, sci_mode=False)
@@ -396,23 +316,26 @@ if __name__ == "__main__":
     print()
 
     # data: an unknown rotation, perhaps mirrored (QR makes one from random numbers), one-hot values
-    rotation, _ = torch.linalg.qr(torch.randn(args.d_model, args.d_model))
+    d_model = 32        # width of queries and keys
+    n_keys = 12         # entries in each dictionary
+    noise = 0.1         # standard deviation of the noise
+    rotation, _ = torch.linalg.qr(torch.randn(d_model, d_model))
     rotation = rotation.to(args.device)                                    # (d_model, d_model)
-    value = torch.eye(args.n_keys, device=args.device)                     # (n_keys, n_keys)
+    value = torch.eye(n_keys, device=args.device)                          # (n_keys, n_keys)
 
     # model and optimizer
-    model = DifferentiableDictionary(args.d_model).to(args.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    model = DifferentiableDictionary(d_model).to(args.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 
     # 1,000 dictionaries to test with, and the weights in the first of them before training
-    test_query, test_key, test_target = make_lookups(1000, args.n_keys, rotation, args.noise)
+    test_query, test_key, test_target = make_lookups(1000, n_keys, rotation, noise)
     with torch.no_grad():
         _, weights_before = model(test_query[:1], test_key[:1], value)     # (1, n_keys, n_keys)
 
     # training loop
     for step in range(args.steps):
         # get a batch
-        query, key, target = make_lookups(args.batch_size, args.n_keys, rotation, args.noise)
+        query, key, target = make_lookups(64, n_keys, rotation, noise)
 
         # forward. Adding 1e-9 keeps the log finite.
         output, _ = model(query, key, value)                               # (B, n_keys, n_keys)
@@ -424,11 +347,10 @@ if __name__ == "__main__":
         loss.backward()
         optimizer.step()
 
-        # log. The untrained maps give the right key no advantage, so the first loss is near
-        # ln(n_keys), usually above it, sometimes below by chance.
+        # log. The untrained maps give the right key no advantage: the loss starts near ln(n_keys).
         if step == 0:
             print(f"step 0/{args.steps}: loss {loss:.4f}, "
-                  f"uniform prediction ln {args.n_keys} = {math.log(args.n_keys):.4f}")
+                  f"uniform prediction ln {n_keys} = {math.log(n_keys):.4f}")
         elif step % 100 == 0:
             print(f"step {step}/{args.steps}: loss {loss:.4f}")
 
@@ -440,7 +362,7 @@ if __name__ == "__main__":
     # figures
     path = os.path.join(args.out_dir, "attention_dictionary.png")
     plot_attention(torch.cat([weights_before, weights[:1]]),
-                   x_labels=range(args.n_keys),
+                   x_labels=range(n_keys),
                    y_labels=[f"key {i}" for i in test_target[0].tolist()],
                    path=path, titles=["before training", "after training"],
                    y_name="query made from")
