@@ -44,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 
-from attention import attention, download, parse_args, plot_attention, positive
+from attention import attention, download, make_folder, number, parse_args, plot_attention
 
 # --------------------------------------------------------------------------------------------------
 # The Transformer (Figure 1 of the paper)
@@ -1161,6 +1161,7 @@ def test_alignment(model, tokenizer, out_dir):
     print("row that consumes the word ", *(f"{value:.3f}" for value in consumes))
     print(f"gradient {gradient:.3f}, diagonal {diagonal:.3f}, chance {chance:.3f}")
 
+    make_folder(out_dir)
     figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
     axis.plot(heads, produces, "o", label="row that produces the word")
     axis.plot(heads, consumes, "s", label="row that consumes the word")
@@ -1208,6 +1209,7 @@ def translate_line(args):
         held_out = "yes, but it is not scored (see split_pairs)"
     print(f"held out:    {held_out}")
     if args.plot and translation:
+        make_folder(args.out_dir)
         path = path_of(args.out_dir, args.data, ".png")
         plot_cross_attention(model, tokenizer, german, args.beam, path, english, alignment)
 
@@ -1238,6 +1240,7 @@ def translate_texts(args):
             n += 1
             print(translation, flush=True)
             if args.plot and translation:
+                make_folder(args.out_dir)
                 path = path_of(args.out_dir, args.data, f"_{n}.png")
                 plot_cross_attention(model, tokenizer, normalize(sentence), args.beam, path)
 
@@ -1260,8 +1263,7 @@ if __name__ == "__main__":
             "d_model": 192, "n_heads": 4, "n_enc_layers": 3, "n_dec_layers": 3,
         },
     }
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     epilog=f"defaults for training: {DEFAULTS}")
+    parser = argparse.ArgumentParser(description=__doc__)
     not_given = argparse.SUPPRESS
     parser.add_argument("--data", default=not_given,
                         help="toy (the default), tatoeba (the default with --text), multi30k, or a "
@@ -1277,25 +1279,25 @@ if __name__ == "__main__":
                       help="continue an interrupted training run")
     parser.add_argument("--plot", action="store_true",
                         help="with --line or --text: plot the cross-attention")
-    parser.add_argument("--beam", type=positive(int), default=5,
-                        help="hypotheses in beam search; 1 is greedy decoding")
-    parser.add_argument("--steps", type=positive(int), default=not_given,
+    parser.add_argument("--beam", type=number(int, 1), default=5,
+                        help="hypotheses in beam search; 1 is greedy decoding (default: 5)")
+    parser.add_argument("--steps", type=number(int, 1), default=not_given,
                         help="training steps")
-    parser.add_argument("--batch_tokens", type=positive(int), default=not_given,
+    parser.add_argument("--batch_tokens", type=number(int, 1), default=not_given,
                         help="tokens in each batch, both languages together")
-    parser.add_argument("--lr", type=positive(float), default=not_given,
+    parser.add_argument("--lr", type=number(float, 0), default=not_given,
                         help="peak learning rate")
-    parser.add_argument("--dropout", type=float, default=not_given,
+    parser.add_argument("--dropout", type=number(float, 0, 1), default=not_given,
                         help="dropout probability")
-    parser.add_argument("--merges", type=positive(int), default=not_given,
+    parser.add_argument("--merges", type=number(int, 1), default=not_given,
                         help="byte-pair merges")
-    parser.add_argument("--d_model", type=positive(int), default=not_given,
+    parser.add_argument("--d_model", type=number(int, 1), default=not_given,
                         help="width of the model")
-    parser.add_argument("--n_heads", type=positive(int), default=not_given,
+    parser.add_argument("--n_heads", type=number(int, 1), default=not_given,
                         help="attention heads")
-    parser.add_argument("--n_enc_layers", type=positive(int), default=not_given,
+    parser.add_argument("--n_enc_layers", type=number(int, 1), default=not_given,
                         help="encoder blocks")
-    parser.add_argument("--n_dec_layers", type=positive(int), default=not_given,
+    parser.add_argument("--n_dec_layers", type=number(int, 1), default=not_given,
                         help="decoder blocks")
     args = parse_args(parser)
     vars(args).setdefault("data", "tatoeba" if args.text else "toy")
@@ -1329,6 +1331,8 @@ if __name__ == "__main__":
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+
+    make_folder(args.out_dir)
 
     # files: the weights, and beside them the checkpoint of an unfinished run
     weights_path = path_of(args.out_dir, args.data, ".pt")
