@@ -1288,7 +1288,7 @@ def test_the_heatmap_shows_the_weights_of_the_translation_and_marks_the_right_wo
 def test_the_shipped_toy_model_translates_and_finds_the_source_words(monkeypatch):
     toy_lines = translate.toy_lines
     monkeypatch.setattr("translate.toy_lines", lambda part, _: toy_lines(part, 3000))
-    args = argparse.Namespace(data="toy", out_dir="", device="cpu", beam=1)
+    args = argparse.Namespace(data="toy", out_dir="out", device="cpu", beam=1)
     result = result_of("result: " + translate.test(args))
     assert result["exact"] > 0.95
     assert result["alignment"] > 0.9
@@ -1577,7 +1577,7 @@ def test_the_best_head_is_chosen_on_the_validation_part_and_scored_on_the_test_p
     monkeypatch.setattr("translate.toy_lines", lambda part, _: part)
     monkeypatch.setattr("translate.gradient_accuracy", lambda *_: half)
     monkeypatch.setattr("translate.alignment_accuracy", alignment_accuracy)
-    assert translate.test_alignment(None, None, "")[0] == pytest.approx(0.7)
+    assert translate.test_alignment(None, None, "out")[0] == pytest.approx(0.7)
 
 
 def test_captions_come_out_right():
