@@ -7,7 +7,7 @@ find the smallest classifier that can.
 
 Parity looks trivial, but it is hard to learn. Flipping any single bit flips the label, so nine bits
 say nothing about the label without the tenth. The loss stays at that of a coin flip for about
-ninety steps before it falls.
+ninety steps (the plateau) before it falls.
 
 The model has no position embeddings (it is not told where a bit is), and its tokens interact only
 through means. So it sees only the fraction of ones, and the 1,024 strings of length 10 are just 11
@@ -19,8 +19,7 @@ $ python parity.py --d_model 16
 $ python parity.py --sweep        # how small can it get? 32 parameters pass 0.95
 
 Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762. The main
-differences: no positions, no dropout, LayerNorm before attention and MLP instead of after them
-(pre-norm), SiLU instead of ReLU.
+differences: no positions, no dropout, LayerNorm in another place, SiLU instead of ReLU.
 """
 
 import argparse
@@ -34,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import attention, parse_args, positive
+from attention import attention, make_folder, number, parse_args
 
 
 # --------------------------------------------------------------------------------------------------
@@ -89,6 +88,13 @@ class MultiHeadSelfAttention(nn.Module):
 # A residual connection is the "x +" in x + f(x): a layer adds to its input instead of replacing it.
 # So x is not lost in a layer that has learned nothing yet, and the gradient reaches all earlier
 # layers through the sum, without passing through f.
+#
+# The paper normalizes the sum, LayerNorm(x + f(x)), as translate.py does (post-norm). Here only the
+# input of f is normalized, x + f(LayerNorm(x)) (pre-norm). Each script does what its exercise asks
+# for. With post-norm, the gradient passes through every LayerNorm on its way to the first layer. At
+# the start it is large near the output, so training needs a warm-up: small steps at first. With
+# pre-norm there is a way through the sums alone, and a warm-up is not necessary (Xiong et al. 2020,
+# https://arxiv.org/abs/2002.04745).
 class TransformerBlock(nn.Module):
     """Attention, then an MLP, each added to its input, (B, T, d_model) -> (B, T, d_model).
 
@@ -160,14 +166,41 @@ def one_string_per_count(seq_len, device="cpu"):
     positions = torch.arange(seq_len, device=device)
     strings = (positions < counts.unsqueeze(1)).long()                     # c ones, then zeros
     parities = counts % 2
-    fractions = []
-    for c in range(seq_len + 1):
-        fractions.append(math.comb(seq_len, c) / 2 ** seq_len)
+    fractions = [math.comb(seq_len, c) / 2 ** seq_len for c in range(seq_len + 1)]
     return strings, parities, torch.tensor(fractions, device=device)
 
 
 # --------------------------------------------------------------------------------------------------
-# Evaluation
+# Why there is a plateau, and why it ends
+#
+# The model computes f = logit(odd) - logit(even) from the number of ones c, and answers "odd" where
+# f > 0. At the start f is smooth, close to a polynomial of low degree. Over all strings, parity (-1
+# for even, 1 for odd) is uncorrelated with every polynomial of c of degree below T. (Such a
+# polynomial is a sum of products of fewer than T bits. Each product leaves out a bit, and flipping
+# that bit flips the parity but not the product, so the strings cancel in pairs.) For small f the
+# loss over all strings is about
+#
+#     ln 2 - (mean of f * parity) / 2 + (mean of f^2) / 8
+#
+# Without correlation the middle term is 0, so the best f is 0, the coin flip. (The accuracy can be
+# 0.62 all the same, because the sign of f is no polynomial. A single change of sign in the middle
+# is enough for that.)
+#
+# So the plateau lasts as long as the middle term does not count. We call the mean of f * parity the
+# parity component of f; the figure shows its size. In the default run it stays below 0.00001 for
+# eighty steps. Meanwhile f fits chance differences between the 800 training strings and all
+# strings: the loss falls to 0.6919, a little below ln 2 = 0.6931. This makes f more and more
+# curved, until it is no longer close to a polynomial of low degree. Then the component rises to
+# 0.005 at step 90, and from there it doubles about every ten steps: 0.02 at step 95, 0.06 at 105,
+# 0.20 at 120, 0.71 at 145. Once begun, it reinforces itself, because f is proportional to the
+# weights and biases of the last layer: if they grow by 1%, so does the component, and the larger it
+# is, the more this lowers the loss.
+#
+# The spikes of the loss afterwards come from steps that are too large. Now f goes up and down by
+# about 10 to 20 between neighboring numbers of ones, so it is sensitive to small changes of the
+# weights, and Adam's steps do not shrink with the gradient, because it divides by the gradient's
+# size. At step 243, f(7) falls from 7.7 to -1.4 and all 120 strings with 7 ones are wrong. The
+# gradient of these strings is large and brings f(7) back within two steps.
 @torch.no_grad()
 def exact_accuracy(model, seq_len):
     """The accuracy on all 2^T strings, computed from one string for each number of ones 0 ... T.
@@ -184,9 +217,16 @@ def exact_accuracy(model, seq_len):
     return accuracy, correct.cpu(), f.cpu()
 
 
-def plot_curve(losses, accuracies, path):
-    """Save the loss on the batch and the accuracy on all strings over the training steps."""
-    figure, axes = plt.subplots(2, 1, figsize=(8, 5), sharex=True, layout="constrained")
+def parity_component(f):
+    """The mean of f times parity, -1 (even) or 1 (odd), over all 2^T strings, from f (T+1,)."""
+    _, parities, fractions = one_string_per_count(len(f) - 1)
+    signs = 2 * parities - 1
+    return (fractions * f * signs).sum().item()
+
+
+def plot_curve(losses, accuracies, components, path):
+    """Save loss, accuracy on all strings, and size of the parity component over the steps."""
+    figure, axes = plt.subplots(3, 1, figsize=(8, 7), sharex=True, layout="constrained")
     axes[0].plot(losses)
     axes[0].axhline(math.log(2), color="gray", linestyle=":", label="coin flip, ln 2")
     axes[0].set_ylabel("loss on the training strings")
@@ -194,8 +234,11 @@ def plot_curve(losses, accuracies, path):
     axes[1].plot(accuracies, color="C1")
     axes[1].axhline(0.5, color="gray", linestyle=":", label="coin flip")
     axes[1].set_ylabel("accuracy on all strings")
-    axes[1].set_xlabel("training step")
     axes[1].legend()
+    axes[2].plot([abs(component) for component in components], color="C2")
+    axes[2].set_yscale("log")
+    axes[2].set_ylabel("size of the parity component of f")
+    axes[2].set_xlabel("training step")
     figure.savefig(path, dpi=100)
     plt.close(figure)
     print(f"saved {path}")
@@ -225,17 +268,20 @@ def plot_curve(losses, accuracies, path):
 #         4            46              10            1,024
 #
 # The second row is a theorem, proved in assets/proof_20.md: at most 0.945 of all strings are right.
-# At width 1, LayerNorm subtracts a number from itself, so all strings look alike. All other
-# networks have at least 32 parameters, so 32 is the smallest number that passes 0.95.
+# At width 1, LayerNorm subtracts a number from itself, so all strings look alike. A network of
+# width n without a block has n^2 + 7n + 2 parameters: 2n in the embedding, 2n in LayerNorm, n^2 + n
+# and 2n + 2 in the two layers of the classifier. One block of width 2 alone adds 38. So all other
+# networks have at least 32 parameters, and 32 is the smallest number that passes 0.95.
 #
-# The search below finds the networks in NETWORKS: width, number of blocks, and the numbers of ones
-# that it may get wrong. With 5 of 10 sign changes, at least three numbers are wrong, because giving
-# one up saves at most two changes. 0, 2 and 9 cost least: they stand for only 1 + 45 + 10 strings.
+# The search below finds these networks. NETWORKS has their widths and the numbers of ones that they
+# may get wrong. With 5 of 10 sign changes, at least three numbers are wrong: giving up a number
+# between two others saves two changes, because f may keep the sign of its neighbors there, and
+# giving up an end (0 or 10) saves only one. 0, 2 and 9 save 1 + 2 + 2 = 5 and cost least, 1 + 45 +
+# 10 strings. (0, 2 and 10 are only 47 strings, but save only four.)
 NETWORKS = [
-    (2, 0, [0, 2, 9]),
-    (3, 0, [10]),
-    (4, 0, []),
-    (2, 1, []),
+    (2, [0, 2, 9]),
+    (3, [10]),
+    (4, []),
 ]
 
 
@@ -306,251 +352,92 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
     return w, b, a.squeeze(1)
 
 
-# With one block, width 2 is enough, because a block can fold the line of counts at its middle:
-# tokens of the majority become +1 and the others -1. With 3 or with 7 ones, the mean of the tokens
-# is (7 - 3) / 10 = 0.4, in general |1 - 2c/T|. (With 5 of each there is no majority: ones and zeros
-# cancel, and the mean is 0.) So c and T - c fall on the same point. That costs nothing, because for
-# even T both are odd or both are even. For T = 10 six points are left, with 5 sign changes, which
-# two hidden units can make. This is what depth does here: one fold halves the number of sign
-# changes.
-#
-# The block is set by hand. All vectors are e (1, -1) with some number e. Take 7 zeros and 3 ones:
-#
-#     embedding    e = 0.003 for a 0, -0.003 for a 1.
-#     LayerNorm    e becomes e / sqrt(e^2 + 0.00001); LayerNorm adds the 0.00001 to the variance, so
-#                  that it never divides by zero. A large e becomes +1 or -1, but these are so small
-#                  that their size matters: 0.003 becomes 0.69.
-#     attention    w_q and w_k are 0, so all weights are equal and the mean is 0.4 * 0.69. w_o turns
-#                  it into 0.4 * 0.0015 = 0.0006, which is added to every e. This pushes the zeros
-#                  away from 0, to 0.0036, and the ones towards 0, to -0.0024.
-#     MLP          Its hidden units are SiLU(z) and SiLU(-z) with z = 8 LayerNorm(e), which is large
-#                  enough for their sum to be nearly |z|. Without the push the sum is 5.46, with it
-#                  5.98 for a 0 and 4.76 for a 1. The MLP adds five times the difference to e, which
-#                  becomes 2.6 for a 0 and -3.5 for a 1. With 7 ones and 3 zeros the push is
-#                  negative: now the ones have the larger |z| and become 2.6, the zeros -3.5.
-#     LayerNorm    2.6 becomes +1, -3.5 becomes -1.
 @torch.no_grad()
-def folding_model():
-    """A model of 58 parameters whose classifier gets the vector |1 - 2c/T| (1, -1)."""
-    model = TransformerClassifier(2, 2, d_model=2, d_key=1, n_heads=1, mlp_factor=1, n_layers=1)
-    model = model.double()
-    block = model.transformer_model[0]
-    head = block.attn.heads[0]
-    for name, p in block.named_parameters():
-        if not name.startswith("ln"):  # everything but the two LayerNorms
-            p.zero_()
-
-    direction = torch.tensor([1.0, -1.0], dtype=torch.double)
-    model.token_embedding.weight[0] = 0.003 * direction
-    model.token_embedding.weight[1] = -0.003 * direction
-    normalized = model.final_layer_norm(0.003 * direction)[0]              # 0.69
-    head.w_v.weight.copy_(torch.eye(2))
-    block.attn.w_o.weight.copy_(torch.eye(2) * 0.0015 / normalized)
-    block.mlp[0].weight[0] = 4 * direction                                 # z = 4 e - 4 (-e)
-    block.mlp[0].weight[1] = -4 * direction                                # -z
-    block.mlp[2].weight[0] = 5
-    block.mlp[2].weight[1] = -5
-    z = 8 * normalized                                                     # without a push
-    size = F.silu(z) + F.silu(-z)                                          # nearly |z|
-    block.mlp[2].bias.copy_(-5 * size * direction)
-    return model
-
-
-@torch.no_grad()
-def straight_model(width):
-    """A model without a block whose classifier gets (2c/T - 1) u, with a constant vector u."""
-    model = TransformerClassifier(2, 2, d_model=width, d_key=1, n_heads=1, mlp_factor=1, n_layers=0)
-    model = model.double()
-    direction = torch.linspace(-1, 1, width, dtype=torch.double)
-    model.token_embedding.weight[0] = -direction
-    model.token_embedding.weight[1] = direction
-    return model
-
-
-@torch.no_grad()
-def token_vectors(model, tokens):
-    """The vectors (B, T, d_model) that the model takes the mean of."""
-    x = model.token_embedding(tokens)
-    x = model.transformer_model(x)
-    return model.final_layer_norm(x)
-
-
-@torch.no_grad()
-def classifier_input(model, seq_len):
-    """What the classifier gets for 0 ... T ones: x (T+1,) times a vector u (d_model,)."""
-    strings, _, _ = one_string_per_count(seq_len)
-    means = token_vectors(model, strings).mean(dim=1)                      # (T+1, d_model)
-    u = means[-1]                                                          # only ones: x = 1
-    return means @ u / (u @ u), u
-
-
-@torch.no_grad()
-def check_on_all_strings(model, seq_len):
-    """How many of all 2^T strings the model gets right, and the smallest |f|."""
+def count_right(model, seq_len):
+    """How many of all 2^T strings the model gets right."""
     bits = [torch.arange(2)] * seq_len
     strings = torch.cartesian_prod(*bits).view(-1, seq_len)                # (2^T, T)
-    logits = model(strings)                                                # (2^T, 2)
-    right = logits.argmax(dim=1) == strings.sum(dim=1) % 2
-    f = logits[:, 1] - logits[:, 0]
-    return right.sum().item(), f.abs().min().item()
+    answers = model(strings).argmax(dim=1)                                 # (2^T,)
+    return (answers == strings.sum(dim=1) % 2).sum().item()
 
 
-@torch.no_grad()
-def set_classifier(model, u, w, b, a):
-    """Write f into the classifier of a model, whose input is x u."""
-    first, _, last = model.classifier
-    first.weight.copy_(torch.outer(w, u) / (u @ u))     # (w u / |u|^2) . (x u) = w x
-    first.bias.copy_(b)
-    last.weight[0] = -a[:-1] / 2                                           # logit(even) = -f / 2
-    last.weight[1] = a[:-1] / 2                                            # logit(odd) = f / 2
-    last.bias[0] = -a[-1] / 2
-    last.bias[1] = a[-1] / 2
+# The embedding of a 0 is -d and that of a 1 is d, so LayerNorm makes them -u and u, and the mean of
+# a string with c ones is x u with x = 2c/T - 1. The search gives w, b and a for this x, and they
+# become the weights of the classifier. It works with float64, the model with float32, so all
+# strings are checked with both. A search that falls short is started again.
+def smallest_network(width, may_be_wrong, seq_len=10, n_tries=10):
+    """Find a model without a block that is right except for the numbers of ones `may_be_wrong`."""
+    model = TransformerClassifier(2, 2, d_model=width, d_key=1, n_heads=1, mlp_factor=1, n_layers=0)
+    d = torch.linspace(-1, 1, width)
+    model.token_embedding.weight.data = torch.stack([-d, d])
+    u = model.final_layer_norm(d).detach().double()
 
-
-def find_network(width, n_layers, may_be_wrong, seq_len=10, n_tries=10):
-    """Find a float32 model that is right on all strings but those with `may_be_wrong` ones.
-
-    It is right in float64, too. A search that misses is started again, at most `n_tries` times.
-    """
-    if n_layers == 0:
-        model = straight_model(width)
-    else:
-        model = folding_model()
-    x, u = classifier_input(model, seq_len)
     counts = torch.arange(seq_len + 1)
-    targets = 2.0 * (counts % 2).double() - 1                              # -1: even, 1: odd
     kept = [c for c in range(seq_len + 1) if c not in may_be_wrong]
     goal = sum(math.comb(seq_len, c) for c in kept)
+    x = 2 * counts[kept].double() / seq_len - 1
+    targets = 2 * (counts[kept] % 2).double() - 1                          # -1: even, 1: odd
+    first, _, last = model.classifier
     for _ in range(n_tries):
-        w, b, a = search(x[kept], targets[kept], width)
-        set_classifier(model, u, w, b, a)
-        n_float32, _ = check_on_all_strings(model.float(), seq_len)
-        n_float64, _ = check_on_all_strings(model.double(), seq_len)
+        w, b, a = search(x, targets, width)
+        first.weight.data = torch.outer(w, u) / (u @ u)     # (w u / |u|^2) . (x u) = w x
+        first.bias.data = b
+        last.weight.data = torch.stack([-a[:-1], a[:-1]]) / 2              # logit(even) = -f / 2
+        last.bias.data = torch.stack([-a[-1], a[-1]]) / 2                  # logit(odd) = f / 2
+        n_float32 = count_right(model.float(), seq_len)
+        n_float64 = count_right(model.double(), seq_len)
         if n_float32 >= goal and n_float64 >= goal:
             break
     return model.float()
 
 
 @torch.no_grad()
-def plot_f(axis, model, seq_len):
-    """Draw f on `axis` over the input x of the classifier: the counts, and a curve through them."""
-    x, u = classifier_input(model, seq_len)
-    _, correct, f = exact_accuracy(model, seq_len)
-    between = torch.linspace(x.min(), x.max(), 1001)
-    logits = model.classifier(torch.outer(between, u))                     # (1001, 2)
-    curve = logits[:, 1] - logits[:, 0]
-    f = f.clamp(-1.8, 2.5)  # points beyond the axis are drawn at its edge
-    axis.axhline(0, color="gray", linewidth=0.8)
-    axis.plot(between, curve, color="lightgray")
-    axis.plot(x[::2], f[::2], "o", label="even: f < 0 is right")
-    axis.plot(x[1::2], f[1::2], "^", label="odd: f > 0 is right")
-    axis.plot(x[~correct], f[~correct], "kx", markersize=10, label="wrong")
-    axis.set_ylim(-2, 3.2)
-    axis.set_ylabel("f")
-    axis.legend(fontsize=8, ncols=3, loc="upper center")
-
-
-@torch.no_grad()
 def plot_smallest(models, seq_len, path):
-    """Save f of each model without a block, and two parts that f of the last one is made of."""
-    n_panels = len(models) + 1
-    n_columns = math.ceil(n_panels / 2)
-    size = (6 * n_columns, 7)
-    figure, axes = plt.subplots(2, n_columns, figsize=size, layout="constrained")
-    x, direction = classifier_input(models[-1], seq_len)
-    for axis, model in zip(axes.flat, models):
-        plot_f(axis, model, seq_len)
-        params = sum(p.numel() for p in model.parameters())
-        n_right, _ = check_on_all_strings(model, seq_len)
-        axis.set_title(f"{params} parameters: {n_right:,} strings right")
-
-    # Two units that bend in the same place nearly cancel everywhere else, up to a straight line.
-    # Sorted by where they bend, such pairs stand side by side. A straight line can be moved from
-    # one pair to the other without changing f: the first pair is shown without the line through its
-    # ends, and the rest with it.
-    first, _, last = models[-1].classifier
-    w = first.weight @ direction                                           # (n,)
-    b = first.bias
-    a = last.weight[1] - last.weight[0]
-    k = last.bias[1] - last.bias[0]
-    order = (-b / w).argsort()
-    between = torch.linspace(-1, 1, 1001)
-    u = torch.outer(between, w) + b                                        # (1001, n)
-    units = a * F.silu(u)
-    f = units.sum(dim=1) + k
-    pair = units[:, order[:2]].sum(dim=1)
-    line = pair[0] + (pair[-1] - pair[0]) * (between + 1) / 2
-    axis = axes.flat[len(models)]
-    axis.plot(between, pair - line, label="two of the units, without a straight line")
-    axis.plot(between, f - pair + line, label="the other units, k and that line")
-    axis.plot(between, f, color="lightgray", label="all together: f")
-    axis.set_title(f"what the {len(w)} units of the last network add up to")
-    axis.legend(fontsize=8)
-    for axis in axes.flat:
-        axis.set_xlabel("number of ones")
-        axis.set_xticks(x, range(seq_len + 1))
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    print(f"saved {path}")
-
-
-@torch.no_grad()
-def plot_fold(model, seq_len, path):
-    """Save how a block folds the counts: its tokens, their mean, and f over the mean."""
-    strings, _, _ = one_string_per_count(seq_len)
-    feature = token_vectors(model, strings)[:, :, 0]                       # (T+1, T)
-    zeros = feature[:-1, -1]                                               # zeros come last
-    ones = feature[1:, 0]
-    x, _ = classifier_input(model, seq_len)
+    """Save f of each model over the number of ones: the 0 ... T, and the curve between them."""
+    size = (5 * len(models), 4)
+    figure, axes = plt.subplots(1, len(models), figsize=size, squeeze=False, layout="constrained")
     counts = torch.arange(seq_len + 1)
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    axes[0].plot(counts[:-1], zeros, "o", label="each 0")
-    axes[0].plot(counts[1:], ones, "s", label="each 1")
-    axes[0].set_title("after the block: +1 for the majority, -1 for the others")
-    axes[0].set_ylabel("first feature")
-    axes[0].legend()
-    axes[1].plot(counts, x, "o", color="black")
-    axes[1].set_title("their mean x: the counts, folded")
-    axes[1].set_ylabel("x")
-    for axis in axes[:2]:
-        axis.set_xlabel("number of ones")
+    between = torch.linspace(0, seq_len, 1001)
+    for axis, model in zip(axes.flat, models):
+        u = model.final_layer_norm(model.token_embedding.weight[1])        # (d_model,)
+        x = 2 * between / seq_len - 1
+        logits = model.classifier(torch.outer(x, u))                       # (1001, 2)
+        curve = logits[:, 1] - logits[:, 0]
+        _, correct, f = exact_accuracy(model, seq_len)
+        axis.axhline(0, color="gray", linewidth=0.8)
+        axis.plot(between, curve, color="lightgray")
+        axis.plot(counts[::2], f[::2], "o", label="even: f < 0 is right")
+        axis.plot(counts[1::2], f[1::2], "^", label="odd: f > 0 is right")
+        axis.plot(counts[~correct], f[~correct], "kx", markersize=10, label="wrong")
+        axis.set_ylim(f.min() - 1, f.max() + 1)  # between the points, the curve may leave the axis
         axis.set_xticks(counts)
-    plot_f(axes[2], model, seq_len)
-    axes[2].set_title("f over the folded counts")
-    axes[2].set_xlabel("number of ones")
-    half = seq_len // 2
-    labels = [f"{c} or {seq_len - c}" for c in range(half)]
-    axes[2].set_xticks(x[:half + 1], labels + [half])
+        axis.set_xlabel("number of ones")
+        axis.set_ylabel("f")
+        params = sum(p.numel() for p in model.parameters())
+        axis.set_title(f"{params} parameters: {count_right(model, seq_len):,} strings right")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=3, loc="outside lower center")
     figure.savefig(path, dpi=100)
     plt.close(figure)
     print(f"saved {path}")
 
 
-def sweep(out_dir, networks=NETWORKS, seq_len=10, n_tries=10):
-    """Find, check, save and draw the networks. Returns {parameters: strings right}."""
-    print("parameters blocks width | strings right sign changes smallest |f|")
+def sweep(out_dir, networks=NETWORKS, seq_len=10):
+    """Find, check and draw the networks. Returns {parameters: strings right}."""
+    print("parameters width | strings right sign changes")
     results = {}
-    without_block = []
-    for width, n_layers, may_be_wrong in networks:
-        model = find_network(width, n_layers, may_be_wrong, seq_len, n_tries)
+    models = []
+    for width, may_be_wrong in networks:
+        model = smallest_network(width, may_be_wrong, seq_len)
         params = sum(p.numel() for p in model.parameters())
-        n_right, smallest = check_on_all_strings(model, seq_len)
+        n_right = count_right(model, seq_len)
         _, _, f = exact_accuracy(model, seq_len)
         answers = (f > 0).int()
         n_changes = answers.diff().abs().sum()
-        print(f"{params:10} {n_layers:6} {width:5} |", end=" ")
-        print(f"{n_right:13} {n_changes:12} {smallest:12.2f}", flush=True)
+        print(f"{params:10} {width:5} | {n_right:13} {n_changes:12}")
         results[params] = n_right
-
-        path = os.path.join(out_dir, f"parity_{params}.pt")
-        sizes = [2, 2, width, 1, 1, 1, n_layers]
-        torch.save({"sizes": sizes, "weights": model.state_dict()}, path)
-        print(f"saved {path}")
-        if n_layers == 0:
-            without_block.append(model)
-        else:
-            plot_fold(model, seq_len, os.path.join(out_dir, "parity_fold.png"))
-    plot_smallest(without_block, seq_len, os.path.join(out_dir, "parity_smallest.png"))
+        models.append(model)
+    plot_smallest(models, seq_len, os.path.join(out_dir, "parity_smallest.png"))
     return results
 
 
@@ -558,48 +445,42 @@ if __name__ == "__main__":
     start = time.perf_counter()
 
     # options
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seq_len", type=positive(int), default=10,
-                        help="bits in each string")
-    parser.add_argument("--n_samples", type=positive(int), default=1000,
-                        help="random strings, 4/5 of them to train on")
-    parser.add_argument("--d_model", type=positive(int), default=8,
-                        help="width of the model")
-    parser.add_argument("--d_key", type=positive(int), default=8,
-                        help="width of queries and keys")
-    parser.add_argument("--n_heads", type=positive(int), default=2,
-                        help="heads in each block")
-    parser.add_argument("--mlp_factor", type=positive(int), default=4,
-                        help="hidden width of the MLP / d_model")
-    parser.add_argument("--n_layers", type=int, default=2,
-                        help="blocks, may be 0")
-    parser.add_argument("--lr", type=positive(float), default=0.006,
-                        help="peak learning rate")
-    parser.add_argument("--steps", type=positive(int), default=650,
-                        help="training steps at most; stops when done")
-    parser.add_argument("--batch_size", type=positive(int),
-                        help="strings in each step; None is the whole training set")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seq_len", type=number(int, 1), default=10,
+                        help="bits in each string (default: 10)")
+    parser.add_argument("--n_samples", type=number(int, 2), default=1000,
+                        help="random strings, 4/5 of them to train on (default: 1000)")
+    parser.add_argument("--d_model", type=number(int, 1), default=8,
+                        help="width of the model (default: 8)")
+    parser.add_argument("--d_key", type=number(int, 1), default=8,
+                        help="width of queries and keys (default: 8)")
+    parser.add_argument("--n_heads", type=number(int, 1), default=2,
+                        help="heads in each block (default: 2)")
+    parser.add_argument("--mlp_factor", type=number(int, 1), default=4,
+                        help="hidden width of the MLP / d_model (default: 4)")
+    parser.add_argument("--n_layers", type=number(int, 0), default=2,
+                        help="blocks, may be 0 (default: 2)")
+    parser.add_argument("--lr", type=number(float, 0), default=0.006,
+                        help="peak learning rate (default: 0.006)")
+    parser.add_argument("--steps", type=number(int, 1), default=650,
+                        help="training steps at most; stops when done (default: 650)")
+    parser.add_argument("--batch_size", type=number(int, 1),
+                        help="strings in each step (default: the whole training set)")
     parser.add_argument("--sweep", action="store_true",
                         help="find the smallest networks for length 10 instead; of the other "
-                             "options, uses only --seed and --out_dir")
+                             "options, only --seed and --out_dir have an effect")
     args = parse_args(parser)
-    if args.n_samples < 2:
-        sys.exit("--n_samples 1: at least 2 are needed, one to train on and one to validate")
-    if args.n_layers < 0:
-        sys.exit(f"--n_layers {args.n_layers}: 0 or more are needed")
+    make_folder(args.out_dir)
     torch.set_num_threads(1)  # at this size, more threads only add overhead
 
     if args.sweep:
         results = sweep(args.out_dir)
-        accuracies = {params: n_right / 2 ** 10 for params, n_right in results.items()}
-        above_95 = [params for params, accuracy in accuracies.items() if accuracy > 0.95]
-        all_right = [params for params, accuracy in accuracies.items() if accuracy == 1]
-        smallest_95 = min(above_95, default=None)
-        smallest_all = min(all_right, default=None)
+        above_95 = [params for params, n_right in results.items() if n_right > 0.95 * 2 ** 10]
+        all_right = [params for params, n_right in results.items() if n_right == 2 ** 10]
         seconds = time.perf_counter() - start
-        print(f"result: smallest_95={smallest_95} smallest_all={smallest_all} "
-              f"accuracy_32={accuracies[32]:.4f} accuracy_58={accuracies[58]:.4f} "
-              f"seconds={seconds:.1f}")
+        print(f"result: smallest_95={min(above_95, default=None)} "
+              f"smallest_all={min(all_right, default=None)} "
+              f"accuracy_32={results[32] / 2 ** 10:.4f} seconds={seconds:.1f}")
         sys.exit()
 
     # data: random strings and their parities
@@ -607,20 +488,17 @@ if __name__ == "__main__":
     y = x.sum(dim=1) % 2                                                   # (N,)
     n_train = args.n_samples * 4 // 5
     n_val = args.n_samples - n_train
+    training_strings = {tuple(string) for string in x[:n_train].tolist()}
+    n_seen = sum(tuple(string) in training_strings for string in x[n_train:].tolist())
 
     # model and optimizer
     sizes = [2, 2, args.d_model, args.d_key, args.n_heads, args.mlp_factor, args.n_layers]
     model = TransformerClassifier(*sizes).to(args.device)
     n_params = sum(p.numel() for p in model.parameters())
-    print(f"{n_params:,} parameters, {n_train:,} strings to train on, {n_val:,} to validate")
-    # Why there is a plateau: at first f = logit(odd) - logit(even) is a smooth function of the
-    # number of ones, which is close to a polynomial of low degree. Over all strings, parity is
-    # uncorrelated with every polynomial of degree below T. (Such a polynomial is a sum of products
-    # of fewer than T bits. Each product leaves out a bit, and flipping that bit flips the parity
-    # but not the product, so the strings cancel in pairs.) So the best that such a function can do
-    # is f = 0, the coin flip, and the gradient is almost zero: its norm falls from 0.1 to 0.003.
-    # There the noise of a batch of 64 is more than 30 times as large, so by default a batch is the
-    # whole training set.
+    print(f"{n_params:,} parameters, {n_train:,} strings to train on, {n_val:,} to validate "
+          f"({n_seen:,} of them are training strings, too)")
+    # Why the batch is the whole training set: on the plateau the norm of the gradient falls to
+    # 0.003, and the noise of a batch of 64 is more than 30 times as large.
     # Why beta2 is 0.9: when the plateau ends, the norm of the gradient grows from 0.003 to 0.9
     # within 20 steps. Adam divides the gradient by the root of the mean of its squares. With 0.9
     # this mean covers about ten steps and keeps up. The default of 0.999 would cover all steps so
@@ -633,6 +511,7 @@ if __name__ == "__main__":
     # training loop
     losses = []
     accuracies = []
+    components = []
     n_low = 0
     for step in range(args.steps):
         # get a batch
@@ -644,17 +523,21 @@ if __name__ == "__main__":
         # forward
         logits = model(x[rows])                                            # (B, 2)
         loss = F.cross_entropy(logits, y[rows])
+        if not loss.isfinite():
+            sys.exit(f"step {step}: the loss is {loss.item()}, try a smaller --lr")
 
-        # log, before the update, so that loss and accuracy are those of the same weights
-        accuracy, _, _ = exact_accuracy(model, args.seq_len)
+        # log, before the update, so that all numbers are those of the same weights
+        accuracy, _, f = exact_accuracy(model, args.seq_len)
+        component = parity_component(f)
         losses.append(loss.item())
         accuracies.append(accuracy)
+        components.append(component)
         if step == 0:
             print(f"step 0/{args.steps}: loss {loss:.4f}, "
                   f"uniform prediction ln 2 = {math.log(2):.4f}")
         elif step % 50 == 0:
-            print(f"step {step}/{args.steps}: loss {loss:.4f}, "
-                  f"accuracy on all strings {accuracy:.4f}")
+            print(f"step {step}/{args.steps}: loss {loss:.4f}, accuracy on all strings "
+                  f"{accuracy:.4f}, parity component {component:.6f}")
 
         # backward and update; at a peak of the loss the gradient's norm can exceed 100: clip it
         optimizer.zero_grad()
@@ -678,12 +561,10 @@ if __name__ == "__main__":
     accuracy_all, correct, _ = exact_accuracy(model, args.seq_len)
     wrong = (~correct).nonzero().flatten().tolist()
     print(f"step {step + 1}/{args.steps}: wrong for these numbers of ones: {wrong}")
-    path = os.path.join(args.out_dir, "parity.pt")
-    torch.save({"sizes": sizes, "steps": step + 1, "weights": model.state_dict()}, path)
-    print(f"saved {path}")
 
     # figures
-    plot_curve(losses, accuracies, os.path.join(args.out_dir, "parity_curve.png"))
+    path = os.path.join(args.out_dir, "parity_curve.png")
+    plot_curve(losses, accuracies, components, path)
     seconds = time.perf_counter() - start
     print(f"result: accuracy_val={accuracy_val:.4f} accuracy_all={accuracy_all:.4f} "
           f"params={n_params} seconds={seconds:.1f}")
