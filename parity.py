@@ -186,21 +186,22 @@ def one_string_per_count(seq_len, device="cpu"):
 # 0.62 all the same, because the sign of f is no polynomial. A single change of sign in the middle
 # is enough for that.)
 #
-# So the plateau lasts as long as the middle term does not count. We call the mean of f * parity the
-# parity component of f; the figure shows its size. In the default run it stays below 0.00001 for
-# eighty steps. Meanwhile f fits chance differences between the 800 training strings and all
-# strings: the loss falls to 0.6919, a little below ln 2 = 0.6931. This makes f more and more
+# So the plateau lasts as long as the middle term is negligible. The mean of f * parity is called
+# the parity component of f below, and the figure shows its size. In the default run it stays below
+# 0.00002 for eighty steps. Meanwhile f fits chance differences between the 800 training strings and
+# all strings: the loss falls to 0.6919, a little below ln 2 = 0.6931. This makes f more and more
 # curved, until it is no longer close to a polynomial of low degree. Then the component rises to
 # 0.005 at step 90, and from there it doubles about every ten steps: 0.02 at step 95, 0.06 at 105,
-# 0.20 at 120, 0.71 at 145. Once begun, it reinforces itself, because f is proportional to the
-# weights and biases of the last layer: if they grow by 1%, so does the component, and the larger it
-# is, the more this lowers the loss.
+# 0.20 at 120, 0.71 at 145. Once begun, this reinforces itself, because f is proportional to the
+# weights and bias of the last layer: if they grow by 1%, so does the component, and the larger it
+# is, the more that lowers the loss.
 #
-# The spikes of the loss afterwards come from steps that are too large. Now f goes up and down by
-# about 10 to 20 between neighboring numbers of ones, so it is sensitive to small changes of the
-# weights, and Adam's steps do not shrink with the gradient, because it divides by the gradient's
-# size. At step 243, f(7) falls from 7.7 to -1.4 and all 120 strings with 7 ones are wrong. The
-# gradient of these strings is large and brings f(7) back within two steps.
+# The spikes of the loss afterwards come from steps that are too large. By then f goes up and down
+# by 10 to 20 between neighboring numbers of ones, so small changes of the weights change it a lot.
+# Adam's steps do not shrink with the gradient, because it divides the gradient by its size. At step
+# 243, f(7) falls from 7.7 to -1.4, and all 120 strings with 7 ones are wrong. Their gradient is
+# large and brings f(7) back within two steps. (With a tenth of the learning rate from step 215 on,
+# this run has no more spikes.)
 @torch.no_grad()
 def exact_accuracy(model, seq_len):
     """The accuracy on all 2^T strings, computed from one string for each number of ones 0 ... T.
@@ -225,11 +226,11 @@ def parity_component(f):
 
 
 def plot_curve(losses, accuracies, components, path):
-    """Save loss, accuracy on all strings, and size of the parity component over the steps."""
+    """Save loss, accuracy, and size of the parity component (it may be negative) over the steps."""
     figure, axes = plt.subplots(3, 1, figsize=(8, 7), sharex=True, layout="constrained")
     axes[0].plot(losses)
     axes[0].axhline(math.log(2), color="gray", linestyle=":", label="coin flip, ln 2")
-    axes[0].set_ylabel("loss on the training strings")
+    axes[0].set_ylabel("loss")
     axes[0].legend()
     axes[1].plot(accuracies, color="C1")
     axes[1].axhline(0.5, color="gray", linestyle=":", label="coin flip")
@@ -237,7 +238,7 @@ def plot_curve(losses, accuracies, components, path):
     axes[1].legend()
     axes[2].plot([abs(component) for component in components], color="C2")
     axes[2].set_yscale("log")
-    axes[2].set_ylabel("size of the parity component of f")
+    axes[2].set_ylabel("|parity component of f|")
     axes[2].set_xlabel("training step")
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -393,7 +394,7 @@ def smallest_network(width, may_be_wrong, seq_len=10, n_tries=10):
 
 @torch.no_grad()
 def plot_smallest(models, seq_len, path):
-    """Save f of each model over the number of ones: the 0 ... T, and the curve between them."""
+    """Save f of each model at the numbers of ones 0 ... T, and the curve through these points."""
     size = (5 * len(models), 4)
     figure, axes = plt.subplots(1, len(models), figsize=size, squeeze=False, layout="constrained")
     counts = torch.arange(seq_len + 1)
@@ -409,7 +410,8 @@ def plot_smallest(models, seq_len, path):
         axis.plot(counts[::2], f[::2], "o", label="even: f < 0 is right")
         axis.plot(counts[1::2], f[1::2], "^", label="odd: f > 0 is right")
         axis.plot(counts[~correct], f[~correct], "kx", markersize=10, label="wrong")
-        axis.set_ylim(f.min() - 1, f.max() + 1)  # between the points, the curve may leave the axis
+        # show all points; between them the curve may leave the panel
+        axis.set_ylim(f.min().item() - 1, f.max().item() + 1)
         axis.set_xticks(counts)
         axis.set_xlabel("number of ones")
         axis.set_ylabel("f")

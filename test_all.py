@@ -277,7 +277,8 @@ def classifier(*sizes):
     return wild(parity.TransformerClassifier(2, 2, *sizes).double(), 2.0)
 
 
-def saved_classifier(path):
+def saved_classifier(params):
+    path = os.path.join(HERE, "assets", f"parity_{params}.pt")
     saved = torch.load(path, weights_only=True)
     model = parity.TransformerClassifier(*saved["sizes"])
     model.load_state_dict(saved["weights"])
@@ -319,11 +320,36 @@ def test_width_1_gives_all_strings_the_same_logits():
 
 def test_the_exact_accuracy_is_that_of_trying_all_strings():
     model = classifier(8, 4, 2, 1, 2)
-    accuracy, correct, f = parity.exact_accuracy(model, 8)
-    n_right, smallest = parity.check_on_all_strings(model, 8)
+    accuracy, correct, _ = parity.exact_accuracy(model, 8)
+    n_right = parity.count_right(model, 8)
     assert accuracy == n_right / 256
     assert sum(math.comb(8, c) for c in range(9) if correct[c]) == n_right
-    assert smallest == pytest.approx(f.abs().min().item())
+
+
+COUNTS = torch.arange(11)
+
+
+def test_powers_of_the_count_below_the_length_have_no_parity_component():
+    assert parity.parity_component(2 * (COUNTS % 2) - 1) == 1
+    for power in range(11):
+        component = parity.parity_component(COUNTS.double() ** power)
+        assert (component == 0) == (power < 10)
+
+
+def test_for_small_f_the_loss_depends_on_the_parity_component_and_the_mean_square():
+    _, parities, fractions = parity.one_string_per_count(10)
+    f = 0.1 * torch.randn(11)
+    losses = F.cross_entropy(torch.stack([-f / 2, f / 2], dim=1), parities, reduction="none")
+    mean_square = (fractions * f ** 2).sum()
+    expected = math.log(2) - parity.parity_component(f) / 2 + mean_square / 8
+    assert_close((fractions * losses).sum(), expected, atol=1e-5, rtol=0)
+
+
+def test_one_change_of_sign_at_five_ones_gets_638_or_386_strings_right():
+    _, parities, fractions = parity.one_string_per_count(10)
+    for middle, n_right in [(4.5, 638), (5.5, 386)]:
+        right = (COUNTS > middle) == (parities == 1)
+        assert fractions[right].sum() == n_right / 1024
 
 
 @pytest.fixture(scope="module")
@@ -333,12 +359,6 @@ def short_training(tmp_path_factory):
     options = ["--seq_len", 4, "--n_samples", 100, "--steps", 200]
     values, output = run("parity.py", *options, "--out_dir", folder)
     return values, output, folder
-
-
-def test_parity_is_uncorrelated_with_every_power_of_the_count_below_the_length():
-    for power in range(11):
-        moment = sum(math.comb(10, c) * (-1) ** c * c ** power for c in range(11))
-        assert (moment == 0) == (power < 10)
 
 
 def test_a_short_training_learns_parity(short_training):
@@ -359,14 +379,17 @@ def test_a_training_logs_every_50_steps_and_its_last_one(short_training):
     assert steps == list(range(0, last, 50))
 
 
-def test_a_training_saves_its_model_and_its_curve(short_training):
-    values, output, folder = short_training
-    saved = torch.load(folder / "parity.pt", weights_only=True)
-    assert saved["steps"] == logged_steps(output)[-1]
-    strings, _, _ = parity.one_string_per_count(4)
-    model = saved_classifier(folder / "parity.pt")
-    assert torch.equal(model(strings), values["model"](strings))
-    assert (folder / "parity_curve.png").exists()
+def test_the_loss_of_a_training_falls_when_the_parity_component_has_grown(short_training):
+    values, _, _ = short_training
+    small = [abs(component) < 0.01 for component in values["components"]]
+    n_small = small.index(False)
+    assert n_small > 10
+    assert min(values["losses"][:n_small]) > 0.6
+    assert values["components"][-1] > 1
+
+
+def test_a_training_saves_its_curve_and_nothing_else(short_training):
+    assert os.listdir(short_training[2]) == ["parity_curve.png"]
 
 
 def test_a_training_stops_after_five_low_losses_in_a_row(short_training):
@@ -386,29 +409,47 @@ def test_a_small_batch_is_drawn_from_the_training_strings():
     assert values["rows"].max() < 32
 
 
-# as `python parity.py --sweep` saved them
+# as `python parity.py --sweep` found them; 58 is the solution of an exercise
 @pytest.mark.parametrize("params, n_right", [(20, 968), (32, 1023), (46, 1024), (58, 1024)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_smallest_networks_are_right_on_as_many_strings_as_claimed(params, n_right, dtype):
-    model = saved_classifier(os.path.join(HERE, "assets", f"parity_{params}.pt"))
+    model = saved_classifier(params).to(dtype)
     assert sum(p.numel() for p in model.parameters()) == params
-    found, smallest = parity.check_on_all_strings(model.to(dtype), 10)
-    assert found == n_right
-    assert smallest > 0.1
+    assert parity.count_right(model, 10) == n_right
+    _, _, f = parity.exact_accuracy(model, 10)
+    assert f.abs().min() > 0.1
+
+
+@torch.no_grad()
+def test_the_block_of_the_exercise_has_the_numbers_of_the_answer_and_folds_the_counts():
+    model = saved_classifier(58)
+    block = model.transformer_model[0]
+    head = block.attn.heads[0]
+    strings, _, _ = parity.one_string_per_count(10)
+    x = model.token_embedding(strings)
+    z = 8 * model.final_layer_norm(x)[0, 0, 0]
+    size = F.silu(z) + F.silu(-z)
+    direction = torch.tensor([1.0, -1.0])
+    assert_close(x[0, 0], 0.003 * direction)
+    assert_close(x[10, 0], -0.003 * direction)
+    assert not head.w_q.weight.any() and not head.w_k.weight.any()
+    assert_close(head.w_v.weight, torch.eye(2))
+    assert_close(block.attn.w_o.weight, 0.0015 * 8 / z * torch.eye(2))
+    assert_close(block.mlp[0].weight, 4 * torch.stack([direction, -direction]))
+    assert_close(block.mlp[2].weight, 5 * torch.stack([direction, direction], dim=1))
+    assert_close(block.mlp[2].bias, -5 * size * direction)
+    means = model.final_layer_norm(block(x)).mean(dim=1)
+    folded = (1 - 2 * COUNTS / 10).abs()
+    assert_close(means, torch.outer(folded, direction), atol=1e-5, rtol=0)
+
+
+def test_a_classifier_without_a_block_has_as_many_parameters_as_its_formula_says():
+    for n in range(1, 6):
+        model = classifier(n, 1, 1, 1, 0)
+        assert sum(p.numel() for p in model.parameters()) == n ** 2 + 7 * n + 2
 
 
 LINE = torch.linspace(-1, 1, 11, dtype=torch.double)  # 2c/T - 1 for c = 0 ... 10
-
-
-def test_without_a_block_the_classifier_gets_a_point_on_a_line():
-    x, _ = parity.classifier_input(parity.straight_model(3), 10)
-    assert_close(x, LINE)
-
-
-def test_the_block_folds_the_line_of_counts_in_its_middle():
-    x, u = parity.classifier_input(parity.folding_model(), 10)
-    assert torch.allclose(x, LINE.abs(), atol=1e-5)
-    assert u.tolist() == pytest.approx([1, -1], abs=1e-5)
 
 
 def test_more_rounds_of_the_search_get_nearer_to_the_targets():
@@ -421,48 +462,40 @@ def test_more_rounds_of_the_search_get_nearer_to_the_targets():
     assert distances[1] < 0.9 * distances[0]
 
 
-WRONG = (torch.ones(2), torch.ones(2), torch.ones(3))  # f > 0 everywhere
-
-
 def test_a_search_that_misses_is_started_again_and_one_that_hits_becomes_f(monkeypatch):
+    wrong = (torch.ones(2), torch.ones(2), torch.ones(3))                  # f > 0 everywhere
     right = (torch.tensor([4, -4]), torch.zeros(2), torch.tensor([-1, -1, 1]))
-    results = [WRONG, WRONG, right, WRONG]
-    monkeypatch.setattr("parity.search", lambda *_: results.pop(0))
-    model = parity.find_network(2, 0, [], seq_len=2)
+    results = [wrong, wrong, right, wrong]
+
+    def search(x, targets, width):
+        assert x.tolist() == [0, 1]
+        assert targets.tolist() == [1, -1]
+        return results.pop(0)
+
+    monkeypatch.setattr("parity.search", search)
+    model = parity.smallest_network(2, [0], seq_len=2)
     _, _, f = parity.exact_accuracy(model, 2)
     end = 1 - 4 * math.tanh(2)  # 1 - SiLU(4) - SiLU(-4)
     assert f.tolist() == pytest.approx([end, 1, end])
 
 
-def test_the_search_ignores_the_counts_that_may_be_wrong(monkeypatch):
-    def search(x, targets, width):
-        assert x.tolist() == [0, 1]
-        assert targets.tolist() == [1, -1]
-        return WRONG
-
-    monkeypatch.setattr("parity.search", search)
-    parity.find_network(2, 0, [0], seq_len=2)
-
-
-def test_a_network_that_is_right_only_in_float32_is_searched_again(monkeypatch):
-    def check_on_all_strings(model, _):
-        n_right = 4 if model.classifier[0].weight.dtype == torch.float32 else 0
-        return n_right, 0.0
-
-    results = [WRONG] * 3
-    monkeypatch.setattr("parity.search", lambda *_: results.pop())
-    monkeypatch.setattr("parity.check_on_all_strings", check_on_all_strings)
-    parity.find_network(2, 0, [], seq_len=2, n_tries=3)
-    assert not results
-
-
-def test_the_sweep_finds_saves_and_draws_networks(tmp_path, capsys):
-    networks = [(2, 0, []), (2, 1, [])]
-    assert parity.sweep(tmp_path, networks, seq_len=4) == {20: 16, 58: 16}
-    names = sorted(os.listdir(tmp_path))
-    assert names == ["parity_20.pt", "parity_58.pt", "parity_fold.png", "parity_smallest.png"]
+def test_the_sweep_finds_networks_and_draws_them(tmp_path, capsys):
+    assert parity.sweep(tmp_path, [(2, [])], seq_len=4) == {20: 16}
+    assert os.listdir(tmp_path) == ["parity_smallest.png"]
     row = capsys.readouterr().out.splitlines()[1]
-    assert row.split()[:6] == ["20", "0", "2", "|", "16", "4"]
+    assert row.split() == ["20", "2", "|", "16", "4"]
+
+
+def test_the_figure_of_the_smallest_networks_shows_every_point_on_its_curve(tmp_path, monkeypatch):
+    monkeypatch.setattr("matplotlib.pyplot.close", lambda figure: None)
+    parity.plot_smallest([saved_classifier(32)], 10, tmp_path / "figure.png")
+    axis = parity.plt.gcf().axes[0]
+    _, curve, *points, _ = axis.lines
+    low, high = axis.get_ylim()
+    for line in points:
+        for c, y in zip(*line.get_data()):
+            assert curve.get_ydata()[100 * c] == pytest.approx(y, abs=1e-3)
+            assert low < y < high
 
 
 # What can be checked with numbers in assets/proof_20.md
@@ -474,71 +507,10 @@ def test_proof_two_units_can_change_sign_five_times():
 
 def test_proof_five_changes_of_the_answer_get_at_most_968_strings_right():
     _, parities, fractions = parity.one_string_per_count(10)
-    answers = counting.all_sequences(11, 2)                                # (2048, 11)
+    answers = torch.cartesian_prod(*[torch.arange(2)] * 11)                # (2048, 11)
     few_changes = answers[answers.diff().abs().sum(dim=1) <= 5]
     right = (few_changes == parities).float() @ fractions
     assert right.max() == 968 / 1024
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_proof_step_1_six_zeros_force_the_signs_of_inequality_3(seed):
-    torch.manual_seed(seed)
-    directions = 2 * torch.randint(2, (2,)) - 1
-    w1, w2 = directions * (0.3 + torch.rand(2))
-    exponents = torch.tensor([0, -w1, -w2, -w1 - w2]).double()
-    zeros = torch.arange(6).view(6, 1) + 0.6 * torch.rand(6, 1) - 3
-    terms = (exponents * zeros).exp()                                      # (6, 4)
-    matrix = torch.cat([zeros * terms[:, :3], terms[:, :3]], dim=1)        # (6, 6)
-    p = torch.linalg.solve(matrix, -terms[:, 3])[:3]                       # for d = 1
-    assert (p * (exponents[3] - exponents[:3]) < 0).all()
-
-
-def derivative(function):
-    return torch.func.grad(lambda u: function(u).sum())
-
-
-s = derivative(F.silu)
-
-
-def h(u):
-    return derivative(s)(u) / s(u)
-
-
-dh = derivative(h)
-ddh = derivative(dh)
-M = 1.2784645427610738  # M = 1 + e^-M
-LEFT = torch.linspace(-25, -M - 0.005, 2500).double()
-RIGHT = torch.linspace(-M + 0.005, 25, 2500).double()
-
-
-def test_proof_step_2_silu_falls_left_of_minus_m_and_rises_right_of_it():
-    assert M == pytest.approx(1 + math.exp(-M), abs=1e-12)
-    assert (s(LEFT) < 0).all()
-    assert (s(RIGHT) > 0).all()
-
-
-def test_proof_fact_i_left_of_minus_m_h_falls_and_is_concave():
-    assert (dh(LEFT) < 0).all()
-    assert (ddh(LEFT) < 0).all()
-
-
-def test_proof_fact_ii_right_of_minus_m_h_falls_convexly_and_then_rises_to_0():
-    falls = dh(RIGHT) < 0
-    n_falls = falls.sum()
-    assert falls[:n_falls].all()  # one change only
-    assert RIGHT[n_falls] > M
-    assert (ddh(RIGHT)[:n_falls] > 0).all()
-    assert h(RIGHT)[-1].abs() < 1e-8
-
-
-def test_proof_fact_iii_the_bounds_on_h_and_s():
-    assert (h(RIGHT) > -1).all()
-    middle = RIGHT[RIGHT < 0]
-    assert (h(middle) >= 1).all()
-    assert (s(middle) <= 0.5).all()
-    negative = h(RIGHT) < 0
-    assert (s(RIGHT)[negative] > 1).all()
-    assert negative.tolist() == sorted(negative.tolist())  # once negative, it stays so
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2042,7 +2014,8 @@ NO_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
 @pytest.mark.parametrize("script, options, message", [
     ("attention.py", "--lr nan", "invalid positive float value: 'nan'"),
     ("attention.py", f"--device {NO_DEVICE}", "no such device"),
-    ("parity.py", "--n_layers -1", "0 or more are needed"),
+    ("parity.py", "--n_layers -1", "invalid int from 0"),
+    ("parity.py", "--lr 1e30", "the loss is nan, try a smaller --lr"),
     ("counting.py", "--sequence=0,1,3", "expected 1 to 10 digits from 0 to 2"),
     ("counting.py", f"--sequence={'0,' * 11}", "expected 1 to 10 digits"),
     ("translate.py", "--line 209774", "toy has lines 1 to 209773"),
