@@ -186,15 +186,15 @@ def one_string_per_count(seq_len, device="cpu"):
 # 0.62 all the same, because the sign of f is no polynomial. A single change of sign in the middle
 # is enough for that.)
 #
-# So the plateau lasts as long as the middle term is negligible. The mean of f * parity is called
-# the parity component of f below, and the figure shows its size. In the default run it stays below
-# 0.00002 for eighty steps. Meanwhile f fits chance differences between the 800 training strings and
-# all strings: the loss falls to 0.6919, a little below ln 2 = 0.6931. This makes f more and more
-# curved, until it is no longer close to a polynomial of low degree. Then the component rises to
-# 0.005 at step 90, and from there it doubles about every ten steps: 0.02 at step 95, 0.06 at 105,
-# 0.20 at 120, 0.71 at 145. Once begun, this reinforces itself, because f is proportional to the
-# weights and bias of the last layer: if they grow by 1%, so does the component, and the larger it
-# is, the more that lowers the loss.
+# So the plateau lasts as long as the middle term is negligible. We call the mean of f * parity the
+# parity component of f; the figure shows its size. In the default run it stays below 0.00002 for
+# eighty steps. Meanwhile f fits chance differences between the 800 training strings and all
+# strings: the loss falls to 0.6919, a little below ln 2 = 0.6931. This makes f more and more
+# curved, until it is no longer close to a polynomial of low degree. (Without chance differences the
+# plateau is longer: see README, exercise 3.) Then the component rises to 0.005 at step 90, and from
+# there it doubles about every ten steps: 0.02 at step 95, 0.06 at 105, 0.20 at 120, 0.71 at 145.
+# Once begun, this reinforces itself: f is proportional to the weights and bias of the last layer,
+# so if they grow by 1%, the component does, too, and the larger it is, the more the loss falls.
 #
 # The spikes of the loss afterwards come from steps that are too large. By then f goes up and down
 # by 10 to 20 between neighboring numbers of ones, so small changes of the weights change it a lot.
