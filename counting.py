@@ -11,9 +11,9 @@ A sigmoid turns each score into a weight on its own, so the output is a sum with
 d. With softmax it would be a mean, which depends on the fraction of d, but not on the number.
 
 $ python counting.py                                     # train, count, plot the attention weights
-$ python counting.py --sequence "1 0 2 1 0 1 1 0 1 2"    # count this with the saved model
-$ python counting.py --activation softmax                # train and count with softmax instead
-$ python counting.py --compare                           # both, trained at one and at all lengths
+$ python counting.py --sequence "1 0 2 1 0 1 1 0 1 2"    # train, then count this sequence
+$ python counting.py --activation softmax                # softmax instead of sigmoid
+$ python counting.py --compare                           # sigmoid, softmax, equal weights
 
 Ramapuram et al. 2024, "Theory, Analysis, and Best Practices for Sigmoid Self-Attention",
 https://arxiv.org/abs/2409.04431
@@ -25,11 +25,12 @@ import os
 import sys
 import time
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import attention, parse_args, plot_attention, positive
+from attention import attention, make_folder, number, parse_args
 
 
 # --------------------------------------------------------------------------------------------------
@@ -42,7 +43,8 @@ from attention import attention, parse_args, plot_attention, positive
 # Keys and values are linear maps of the one-hot digits. The queries are parameters, because the
 # questions are always the same: how many 0s, how many 1s, ...? After attention, the query is added
 # to the output and LayerNorm follows, as in a Transformer block. The queries start with small
-# numbers, so all scores are near 0, and no query strongly prefers a digit.
+# numbers, so all scores are near 0, and no query strongly prefers a digit. (Softmax needs this.
+# With 1.0 instead of 0.3, its queries settle on wrong digits: exercise 3 in README.md.)
 class CountingModel(nn.Module):
     """One-hot digits (B, T, V) -> logits of the counts (B, V, L+1) and the weights (B, V, T).
 
@@ -68,14 +70,18 @@ class CountingModel(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # Data
-def make_sequences(n, length, vocab_size, device="cpu"):
+def make_sequences(n, length, vocab_size):
     """Random digits (n, length) such that all combinations of counts are equally likely.
 
     With uniform digits, ten equal digits occur once in 3^9 = 19,683 sequences, too rarely to learn
     a count of 10. So each sequence has its own digit probabilities, from the uniform Dirichlet
-    distribution: all triples (for 3 digits) that sum to 1 are equally likely.
+    distribution: the lengths of the three pieces (for 3 digits) if the interval from 0 to 1 is cut
+    at two random places. To draw a digit, choose a random point and take the number of its piece.
+    The two cuts and the ten points are random numbers of the same kind. So in order of size, the
+    cuts are equally likely to be any two of the twelve, and their places determine the counts.
     """
-    dirichlet = torch.distributions.Dirichlet(torch.ones(n, vocab_size, device=device))
+    # on the CPU, because torch before version 2.13 has no Dirichlet distribution for mps
+    dirichlet = torch.distributions.Dirichlet(torch.ones(n, vocab_size))
     probabilities = dirichlet.sample()                                     # (n, V)
     return torch.multinomial(probabilities, length, replacement=True)      # (n, length)
 
@@ -104,16 +110,24 @@ def accuracy(model, digits, vocab_size):
 # --------------------------------------------------------------------------------------------------
 # Training
 def train(args, activation, all_lengths=True, verbose=False):
-    """Train a model: half of each batch has length L, the other half one random length up to L.
+    """Train a model. `activation` is "sigmoid", "softmax" or "equal weights" (see `compare`).
 
-    Without `all_lengths` all sequences have length L. Then 3 zeros always come with 7 other digits,
-    and the query for 0 can just as well attend to everything but 0s. Several lengths rule that out.
+    All sequences of a batch have the same length: L with probability 1/2, otherwise a random one.
+    Without `all_lengths` it is always L. Then 3 zeros always come with 7 other digits, and the
+    query for 0 can just as well attend to everything but 0s. Several lengths rule that out.
     """
     V = args.vocab_size
     L = args.sequence_length
 
     # model and optimizer
-    model = CountingModel(V, L, args.hidden, activation).to(args.device)
+    equal = activation == "equal weights"
+    model = CountingModel(V, L, args.hidden, "sigmoid" if equal else activation)
+    if equal:
+        # with keys of 0, all scores are 0, so all weights are 1/2
+        nn.init.zeros_(model.key.weight)
+        nn.init.zeros_(model.key.bias)
+        model.key.requires_grad_(False)
+    model.to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
     # the learning rate rises from args.lr / 25 to args.lr and then falls to almost 0
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps,
@@ -122,21 +136,17 @@ def train(args, activation, all_lengths=True, verbose=False):
     for step in range(args.steps):
         # get a batch
         length = L
-        if all_lengths:
+        if all_lengths and torch.rand(()) < 0.5:
             length = torch.randint(1, L + 1, ()).item()
-        digits_a = make_sequences(args.batch_size, L, V, args.device)
-        digits_b = make_sequences(args.batch_size, length, V, args.device)
-        x_a = F.one_hot(digits_a, V).float()                               # (B, L, V)
-        x_b = F.one_hot(digits_b, V).float()                               # (B, length, V)
-        counts_a = x_a.sum(dim=1)
-        counts_b = x_b.sum(dim=1)
-        counts = torch.cat([counts_a, counts_b]).long()                    # (2B, V)
+        digits = make_sequences(args.batch_size, length, V).to(args.device)
+        x = F.one_hot(digits, V).float()                                   # (B, length, V)
+        counts = x.sum(dim=1).long()                                       # (B, V)
 
         # forward
-        logits_a, _ = model(x_a)
-        logits_b, _ = model(x_b)
-        logits = torch.cat([logits_a, logits_b])                           # (2B, V, L+1)
+        logits, _ = model(x)                                               # (B, V, L+1)
         loss = F.cross_entropy(logits.flatten(0, 1), counts.flatten())
+        if not loss.isfinite():
+            sys.exit(f"step {step}: the loss is {loss.item()}, try a smaller --lr")
 
         # backward and update
         optimizer.zero_grad()
@@ -147,7 +157,7 @@ def train(args, activation, all_lengths=True, verbose=False):
         # log. The random `out` prefers some counts, so the first loss is above or below ln(L + 1)
         # by chance.
         if verbose and step == 0:
-            print("training sequences:", *digits_a[:3].tolist(), sep="\n")
+            print("training sequences:", *digits[:3].tolist(), sep="\n")
             print(f"step 0/{args.steps}: loss {loss:.4f}, "
                   f"uniform prediction ln {L + 1} = {math.log(L + 1):.4f}")
         elif verbose and step % 200 == 0:
@@ -204,53 +214,50 @@ def angles(model, other, length):
 
 
 @torch.no_grad()
-def show_counts(models, titles, digits, vocab_size, path):
-    """Print each model's counts for one sequence (a list of digits) and plot its weights.
+def show_counts(models, digits, vocab_size, path):
+    """Print how each of the models {title: model} counts a list of digits, and plot its weights.
 
     In the heatmap, a row should be bright at the dots, where its digit is, and dark elsewhere.
+    Wrong counts are red.
     """
+    T = len(digits)
     x = F.one_hot(torch.tensor([digits]), vocab_size).float()              # (1, T, V)
     true = [digits.count(digit) for digit in range(vocab_size)]
     print("sequence:", *digits, " true counts:", *true)
-    panels = []
-    labels = []
-    for model, title in zip(models, titles):
+
+    columns = min(2, len(models))
+    rows = math.ceil(len(models) / columns)
+    width = columns * (0.3 * T + 1.8) + 1                                  # in inches
+    height = rows * (0.3 * vocab_size + 0.9)
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False,
+                                layout="constrained")
+    for (title, model), axis in zip(models.items(), axes.flat):
         logits, weights = model(x.to(model.query.device))                  # (1, V, L+1), (1, V, T)
         counts = logits[0].argmax(dim=-1).tolist()
         print(f"{title}: counts", *counts)
-        panels.append(weights)
-        rows = []
+        image = axis.imshow(weights[0].tolist(), vmin=0, vmax=1)
+        axis.scatter(range(T), digits, s=12, color="white", edgecolors="black")
+        axis.set_title(title)
+        axis.set_xlabel("sequence")
+        axis.set_ylabel("digit: count")
+        axis.set_xticks(range(T), digits)
+        labels = []
         for digit in range(vocab_size):
-            rows.append(f"{digit}: {counts[digit]} (true {true[digit]})")
-        labels.append(rows)
-    weights = torch.cat(panels)                                            # (n_models, V, T)
-    marks = x.transpose(1, 2).bool().expand_as(weights)
-    plot_attention(weights, digits, labels, path, titles,
-                   x_name="sequence", y_name="digit: count", marks=marks)
-
-
-def load(path, sizes):
-    """The model saved at `path`. Exits with a message if it is damaged or has other sizes."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        model = CountingModel(**saved["sizes"])
-        model.load_state_dict(saved["weights"])
-        steps = saved["steps"]
-    except Exception as error:  # torch.load can fail in many ways
-        sys.exit(f"cannot load {path} ({type(error).__name__}): delete it and train again")
-    if saved["sizes"] != sizes:
-        options = ""
-        for name, value in saved["sizes"].items():
-            options += f" --{name} {value}"
-        sys.exit(f"{path} was trained with{options}: give these, or train without --sequence")
-    print(f"weights from {path}, trained for {steps} steps", file=sys.stderr)
-    return model
+            labels.append(f"{digit}: {counts[digit]} (true {true[digit]})")
+        axis.set_yticks(range(vocab_size), labels)
+        for digit, label in enumerate(axis.get_yticklabels()):
+            if counts[digit] != true[digit]:
+                label.set_color("red")
+    figure.colorbar(image, ax=axes, label="attention weight")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(f"saved {path}")
 
 
 # --------------------------------------------------------------------------------------------------
-# Sigmoid or softmax?
+# Sigmoid, softmax or equal weights?
 #
-# With softmax, this model cannot count right at every length. Write a sequence twice in a row.
+# With softmax, this model cannot count correctly at every length. Write a sequence twice in a row.
 # Every count doubles, but every weighted mean stays the same, because each digit occurs twice with
 # half the weight. The rest of the model sees nothing else. So it gives both sequences the same
 # answer, and at least one of the two answers is wrong.
@@ -262,53 +269,58 @@ def load(path, sizes):
 # come out right, and hardly any others.
 #
 # Trained at length 10 only, softmax can count by fractions, because 0.3 always means 3. Even that
-# needs LayerNorm and short queries (see the appendix). It is often right at length 9, too: 4/9 is
-# only a little above 4/10 and is still read as 4, but 6/9 is often read as 7.
+# needs LayerNorm (see the appendix). It is often right at length 9, too: 4/9 is only a little above
+# 4/10 and is still read as 4, but 6/9 is often read as 7.
+#
+# Why attend at all, and not just add up the values? If all keys are 0 and stay 0, every sigmoid is
+# 1/2, and all queries get the same sum. It contains all counts, and only the query that is added
+# afterwards says which one to read off. With `out` alone that is impossible (see the appendix), and
+# LayerNorm does not make up for it: seeds 0 to 9 get 0.10 to 0.95 of the sequences of length 10
+# right. Attention selects the digit before the sum, so each query's sum contains only its count.
 def compare(args, digits, n_seeds=3):
-    """Train both activations at one and at all lengths and print their accuracy at each length.
+    """Train both activations, and equal weights, and print their accuracy at each length.
 
     Returns the accuracy of sigmoid and of softmax at length L, trained at all lengths.
     """
     V = args.vocab_size
     L = args.sequence_length
+    rows = [("sigmoid", False), ("sigmoid", True), ("softmax", False), ("softmax", True),
+            ("equal weights", True)]
     print("fraction of the sequences with every count right, by their length; "
           f"mean of {n_seeds} seeds")
     header = " ".join(f"{length:5}" for length in range(1, L + 1))
-    print(f"            trained at | {header} | all right at length {L}")
-    models = []
-    titles = []
+    print(f"                trained at | {header} | all right at length {L}")
+    models = {}
     result = {}
-    for activation in ("sigmoid", "softmax"):
-        for all_lengths in (False, True):
-            trained_at = f"lengths 1-{L}" if all_lengths else f"length {L}"
-            accuracies = torch.zeros(n_seeds, L)
-            for i in range(n_seeds):
-                torch.manual_seed(args.seed + i)
-                model = train(args, activation, all_lengths)
-                for length in range(1, L + 1):
-                    sequences = all_sequences(length, V)
-                    accuracies[i, length - 1] = accuracy(model, sequences, V)
-                if i == 0:
-                    models.append(model)
-                    titles.append(f"{activation}, trained at {trained_at}")
-            means = accuracies.mean(dim=0).tolist()
-            row = " ".join(f"{mean:5.3f}" for mean in means)
-            exact = accuracies[:, -1] == 1
-            print(f"{activation:9} {trained_at:>12} | {row} | ", end="")
-            print(f"{exact.sum()} of {n_seeds} seeds", flush=True)
-            if all_lengths:
-                result[activation] = means[-1]
+    for activation, all_lengths in rows:
+        trained_at = f"lengths 1-{L}" if all_lengths else f"length {L}"
+        accuracies = torch.zeros(n_seeds, L)
+        for i in range(n_seeds):
+            torch.manual_seed(args.seed + i)
+            model = train(args, activation, all_lengths)
+            for length in range(1, L + 1):
+                sequences = all_sequences(length, V)
+                accuracies[i, length - 1] = accuracy(model, sequences, V)
+            if i == 0 and activation != "equal weights":
+                models[f"{activation}, trained at {trained_at}"] = model
+        means = accuracies.mean(dim=0).tolist()
+        row = " ".join(f"{mean:5.3f}" for mean in means)
+        exact = accuracies[:, -1] == 1
+        print(f"{activation:13} {trained_at:>12} | {row} | ", end="")
+        print(f"{exact.sum()} of {n_seeds} seeds")
+        if all_lengths:
+            result[activation] = means[-1]
     path = os.path.join(args.out_dir, "counting_compare.png")
-    show_counts(models, titles, digits, V, path)
+    show_counts(models, digits, V, path)
     return result["sigmoid"], result["softmax"]
 
 
 # --------------------------------------------------------------------------------------------------
-# Appendix (skip it on a first reading): what softmax needs to count at a single length
+# Appendix (skip it on a first reading): softmax needs LayerNorm, even at a single length
 #
-# First, LayerNorm. Claim: without it, softmax cannot even count sequences of equal digits. Proof:
-# if all ten digits are 0s, every weighted mean is value(0), whatever the weights are. If all are
-# 1s, it is value(1). The query is added, so `out` sees four vectors and has to give these answers:
+# Claim: without it, softmax cannot even count sequences of equal digits. Proof: if all ten digits
+# are 0s, every weighted mean is value(0), whatever the weights are. If all are 1s, it is value(1).
+# The query is added, so `out` sees four vectors and has to give these answers:
 #
 #                                    query[0]    query[1]
 #     ten 0s: value(0) plus the          10           0
@@ -317,49 +329,40 @@ def compare(args, digits, n_seeds=3):
 # For each of the four, take the logit of 10 minus the logit of 0. The two on the diagonal must be
 # positive, and the other two negative. But `out` is linear, so both pairs have the same sum,
 # because each of them adds up value(0), value(1), query[0] and query[1]. This is XOR: is the digit
-# in the sequence the query's digit? A linear layer cannot tell.
-#
-# LayerNorm is not linear, so with it the proof does not hold. If a query points in the direction of
-# the value of its digit, their sum gets longer as the count grows. LayerNorm divides by the length,
-# so any other part of the query shrinks, and this tells the counts apart. test_all.py constructs
-# such parameters, which count all 3^10 = 59,049 sequences.
-#
-# Second, short queries. The scores are dot products with the queries, so long queries make larger
-# scores that change faster in training. With 1.0 instead of 0.3 in CountingModel, queries settle on
-# wrong digits (exercise 3 in README.md). The scores matter most: scaling only them by 0.3 is enough
-# with two of three seeds, scaling only the query that is added to the output with none.
+# in the sequence the query's digit? A linear layer cannot tell. (With equal weights it is the same,
+# only with 5 value(0) and 5 value(1).) LayerNorm is not linear: trained at length 10, softmax gets
+# XXX of the sequences right with it, and YYY with nn.Identity() in its place (seed 0).
 
 
 if __name__ == "__main__":
     start = time.perf_counter()
 
     # options
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--vocab_size", type=positive(int), default=3,
-                        help="number of different digits")
-    parser.add_argument("--sequence_length", type=positive(int), default=10,
-                        help="maximum length of a sequence")
-    parser.add_argument("--hidden", type=positive(int), default=16,
-                        help="width of queries, keys and values")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vocab_size", type=number(int, 1), default=3,
+                        help="number of different digits (default: 3)")
+    parser.add_argument("--sequence_length", type=number(int, 1), default=10,
+                        help="maximum length of a sequence (default: 10)")
+    parser.add_argument("--hidden", type=number(int, 1), default=16,
+                        help="width of queries, keys and values (default: 16)")
     parser.add_argument("--activation", choices=["sigmoid", "softmax"], default="sigmoid",
-                        help="turns scores into weights")
-    parser.add_argument("--lr", type=positive(float), default=0.03, help="peak learning rate")
-    parser.add_argument("--steps", type=positive(int), default=1000, help="training steps")
-    parser.add_argument("--batch_size", type=positive(int), default=128,
-                        help="sequences in each half of a batch")
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--sequence",
-                       help="count these digits with the saved model, whatever the options of "
-                            "training; train first if there is none")
-    modes.add_argument("--compare", action="store_true",
-                       help="train sigmoid and softmax, three seeds each")
+                        help="turns scores into weights (default: sigmoid)")
+    parser.add_argument("--lr", type=number(float, 0), default=0.03,
+                        help="peak learning rate (default: 0.03)")
+    parser.add_argument("--steps", type=number(int, 1), default=1500,
+                        help="training steps (default: 1500)")
+    parser.add_argument("--batch_size", type=number(int, 1), default=256,
+                        help="sequences in a batch (default: 256)")
+    parser.add_argument("--sequence", help="digits to count after training, without the tables")
+    parser.add_argument("--compare", action="store_true",
+                        help="train sigmoid, softmax and equal weights, three seeds each")
     args = parse_args(parser)
     V = args.vocab_size
     L = args.sequence_length
     torch.set_num_threads(1)  # at this size, more threads only add overhead
     torch.set_printoptions(precision=2, sci_mode=False)
 
-    # data: the sequence to count at the end
+    # data: the sequence to count after training
     digits = [1, 0, 2, 1, 0, 1, 1, 0, 1, 2][:L]
     digits = [digit % V for digit in digits]
     if args.sequence is not None:
@@ -369,6 +372,7 @@ if __name__ == "__main__":
             parser.error(f"argument --sequence: expected 1 to {L} digits from 0 to {V - 1}, "
                          "separated by spaces")
         digits = [int(word) for word in words]
+    make_folder(args.out_dir)
 
     if args.compare:
         sigmoid, softmax = compare(args, digits)
@@ -377,37 +381,28 @@ if __name__ == "__main__":
               f"seconds={seconds:.1f}")
         sys.exit()
 
-    # model, and training loop if there is no saved model
-    sizes = {"vocab_size": V, "sequence_length": L, "hidden": args.hidden,
-             "activation": args.activation}
-    path = os.path.join(args.out_dir, f"counting_{args.activation}.pt")
-    if args.sequence is not None and os.path.exists(path):
-        model = load(path, sizes).to(args.device)
-    else:
-        model = train(args, args.activation, verbose=True)
-        torch.save({"sizes": sizes, "steps": args.steps, "weights": model.state_dict()}, path)
-        print(f"saved {path}")
+    # model and training loop, figure
+    model = train(args, args.activation, verbose=True)
+    path = os.path.join(args.out_dir, f"counting_{args.activation}.png")
+    show_counts({args.activation: model}, digits, V, path)
 
     # evaluation
     scores = []
     for length in range(1, L + 1):
-        scores.append(accuracy(model, all_sequences(length, V), V))
-    n_sequences = len(all_sequences(L, V))
+        sequences = all_sequences(length, V)
+        scores.append(accuracy(model, sequences, V))
     mean = sum(scores) / L
-    print(f"every count right, at length {L}: {scores[-1]:.4f} of {n_sequences:,} sequences; "
+    print(f"every count right, at length {L}: {scores[-1]:.4f} of {len(sequences):,} sequences; "
           f"mean over lengths 1 to {L}: {mean:.4f}")
-    for other in range(1, V):
-        degrees = [f"{angle:.0f}" for angle in angles(model, other, L).tolist()]
-        print(f"angles for 0 to {L} zeros, the rest {other}s:", *degrees)
-    one_of_each = torch.eye(V, device=args.device).unsqueeze(0)            # (1, V, V): 0, 1, 2, ...
-    with torch.no_grad():
-        _, weights = model(one_of_each)
-    print("weights of each query (row) on each digit (column):")
-    print(weights[0])
-
-    # figures
-    path = os.path.join(args.out_dir, f"counting_{args.activation}.png")
-    show_counts([model], [args.activation], digits, V, path)
+    if args.sequence is None:
+        for other in range(1, V):
+            degrees = [f"{angle:.0f}" for angle in angles(model, other, L).tolist()]
+            print(f"angles for 0 to {L} zeros, the rest {other}s:", *degrees)
+        one_of_each = torch.eye(V, device=args.device).unsqueeze(0)        # (1, V, V): 0, 1, 2, ...
+        with torch.no_grad():
+            _, weights = model(one_of_each)
+        print("weights of each query (row) on each digit (column):")
+        print(weights[0])
 
     n_params = sum(p.numel() for p in model.parameters())
     seconds = time.perf_counter() - start
