@@ -229,7 +229,7 @@ def show_counts(models, digits, vocab_size, path):
     columns = min(2, len(models))
     rows = math.ceil(len(models) / columns)
     width = columns * (0.3 * T + 2.8)                                      # in inches
-    height = rows * (0.3 * vocab_size + 0.9)
+    height = rows * (0.3 * vocab_size + 1.1)
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False,
                                 layout="constrained")
     for (title, model), axis in zip(models.items(), axes.flat):
