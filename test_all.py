@@ -329,19 +329,17 @@ def test_a_download_from_a_broken_server_says_what_to_do(answer, tmp_path, monke
             connection.recv(10_000)
             connection.sendall(answer)
 
-    def wait_less(seconds):
-        assert seconds == 30
-        set_timeout(0.2)
-
-    set_timeout = socket.setdefaulttimeout
+    waits = []
     monkeypatch.setenv("no_proxy", "*")
     with socket.create_server(("127.0.0.1", 0)) as server, monkeypatch.context() as patch:
-        patch.setattr("socket.setdefaulttimeout", wait_less)
+        socket.setdefaulttimeout(1)  # instead of what download sets
+        patch.setattr("socket.setdefaulttimeout", waits.append)
         if answer is not None:
             threading.Thread(target=answer_once).start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}/file"
         with pytest.raises(SystemExit, match=rf"^cannot download {url} \(.*\): try again, or save"):
             download(url, str(tmp_path / "file"), "0" * 64)
+    assert waits == [30]
     assert not list(tmp_path.iterdir())
 
 
