@@ -72,10 +72,10 @@ def attention_loops(queries, keys, values):
 # Why divide by sqrt(d_k)? The dot product of two random vectors is a sum of d_k products. If the
 # numbers in them are independent with mean 0 and variance 1, each product has variance 1, so the
 # sum has variance d_k. Dividing by sqrt(d_k) brings the variance back to 1. Without the division,
-# wide vectors have large scores, and softmax gives most of the weight to one key: with 12 random
-# keys of width 64, the largest weight is 0.86 on average (with the division 0.29). If one key has
-# most of the weight, a small change in the scores hardly changes the weights, so little gradient
-# passes through them.
+# wide vectors have large scores, and softmax saturates, it gives most of the weight to one key:
+# with 12 random keys of width 64, the largest weight is 0.86 on average (with the division 0.29).
+# If one key has most of the weight, a small change in the scores hardly changes the weights, so
+# little gradient passes through them.
 #
 # Where do q, k and v come from? From learned linear maps. In self-attention, all three are maps of
 # the same sequence x: each token (for example, a word) gets a query (what it looks for), a key
@@ -83,9 +83,10 @@ def attention_loops(queries, keys, values):
 # and k and v are maps of a second sequence, called memory. In translation, x is the target sentence
 # so far and memory the encoded source sentence.
 #
-# A mask says which keys a query may attend to. Padding, which makes sentences equally long, must
-# get no weight, because it is not part of the sentence. A model that predicts the next token must
-# not attend to later tokens, because they contain the answer (a causal mask).
+# A mask says which keys a query may attend to. The sentences of a batch are padded to the same
+# length, and the padding must get no weight, because it is not part of the sentence. A model that
+# predicts the next token must not attend to later tokens, because they contain the answer (a causal
+# mask).
 #
 # A sigmoid can replace softmax. Under softmax the keys compete: one weight can increase only if
 # others decrease. A sigmoid turns each score into a weight between 0 and 1 on its own, so they do
@@ -109,8 +110,8 @@ def attention(q, k, v, mask=None, activation="softmax"):
     q = q / math.sqrt(q.size(-1))
     scores = q @ k.transpose(-2, -1)                                       # (..., T_q, T_k)
     if mask is not None:
-        # The lowest number and not -inf: softmax subtracts the largest score of the row, and where
-        # everything is masked, -inf - (-inf) would be NaN.
+        # The lowest number and not -inf: softmax subtracts the largest score of the row, so that
+        # exp cannot overflow, and where everything is masked, -inf - (-inf) would be NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
 
     if activation == "softmax":
@@ -157,7 +158,7 @@ def make_lookups(batch_size, n_keys, rotation, noise):
 
 
 # --------------------------------------------------------------------------------------------------
-# Shared with the other scripts, together with `attention`
+# Shared with the other scripts, together with `attention` (skip it on a first reading)
 def plot_attention(weights, x_labels, y_labels, path, titles=None, x_name="key", y_name="query",
                    marks=None):
     """Save heatmaps of attention weights (T_q, T_k) or (n_panels, T_q, T_k) on one color scale.
@@ -226,8 +227,8 @@ def parse_args(parser):
                         help="folder for what the script writes (default: out)")
     args = parser.parse_args()
 
-    # Print every line at once, also into a file. Characters that the console does not have must
-    # not stop a training run.
+    # Print every line at once, also into a file. Escape characters that the console cannot print
+    # instead of crashing.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     # Ctrl-C, and a pipe that closes (| head), end the program without a traceback.
@@ -347,7 +348,8 @@ if __name__ == "__main__":
         loss.backward()
         optimizer.step()
 
-        # log. The untrained maps give the right key no advantage: the loss starts near ln(n_keys).
+        # log. The untrained maps give the right key no advantage, and the scores are small at
+        # first, so the loss starts near ln(n_keys).
         if step == 0:
             print(f"step 0/{args.steps}: loss {loss:.4f}, "
                   f"uniform prediction ln {n_keys} = {math.log(n_keys):.4f}")

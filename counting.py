@@ -4,11 +4,12 @@ has learned.
 
     1 0 2 1 0 1 1 0 1 2  ->  3 zeros, 5 ones, 2 twos
 
-The layer has one trainable query for each digit. The query for digit d should attend to every d and
+The layer has one learned query for each digit. The query for digit d should attend to every d and
 to nothing else, and with a single layer the attention weights show directly whether it does.
 
 A sigmoid turns each score into a weight on its own, so the output is a sum with one term for every
-d. With softmax it would be a mean, which depends on the fraction of d, but not on the number.
+d. With softmax it would be a mean: the value of d alone, or if other digits get some weight, a
+vector that depends on the fraction of d. It never depends on the number.
 
 $ python counting.py                                     # train, count, plot the attention weights
 $ python counting.py --sequence "1 0 2 1 0 1 1 0 1 2"    # train, then count this sequence
@@ -16,7 +17,8 @@ $ python counting.py --activation softmax                # softmax instead of si
 $ python counting.py --compare                           # sigmoid, softmax, equal weights
 
 Ramapuram et al. 2024, "Theory, Analysis, and Best Practices for Sigmoid Self-Attention",
-https://arxiv.org/abs/2409.04431
+https://arxiv.org/abs/2409.04431 (They also subtract the logarithm of the length from the scores, so
+that the size of the output does not depend on the length. Counting needs the plain sum.)
 """
 
 import argparse
@@ -77,8 +79,9 @@ def make_sequences(n, length, vocab_size):
     a count of 10. So each sequence has its own digit probabilities, from the uniform Dirichlet
     distribution: the lengths of the three pieces (for 3 digits) if the interval from 0 to 1 is cut
     at two random places. To draw a digit, choose a random point and take the number of its piece.
-    The two cuts and the ten points are random numbers of the same kind. So in order of size, the
-    cuts are equally likely to be any two of the twelve, and their places determine the counts.
+    The two cuts and the ten points are twelve independent uniform numbers. Sort them: the cuts are
+    equally likely to be any two of the twelve, and how many points lie before, between and after
+    them are the counts.
     """
     # on the CPU, because torch before version 2.13 has no Dirichlet distribution for mps
     dirichlet = torch.distributions.Dirichlet(torch.ones(n, vocab_size))
@@ -266,7 +269,8 @@ def show_counts(models, digits, vocab_size, path):
 # So it has one answer for each fraction of 0s. If half of the digits are 0s, 5 is right at length
 # 10, but 2 at length 4. Trained at all lengths, its queries attend mostly to the right digits, and
 # its answers are a compromise that differs from run to run: with seed 2 about 5 times the fraction,
-# which is right for most sequences of lengths 5 and 6, with seed 1 nearly always 1.
+# which is right for most sequences of lengths 5 and 6, with seed 1 nearly always 1 for a digit that
+# occurs.
 #
 # Trained at length 10 only, softmax can count by fractions, because 0.3 always means 3. Even that
 # needs LayerNorm (see the appendix). It is often right at length 9, too: 4/9 is nearer to 4/10 than
@@ -274,9 +278,10 @@ def show_counts(models, digits, vocab_size, path):
 #
 # Why attend at all, and not just add up the values? If all keys are 0 and stay 0, every sigmoid is
 # 1/2, and all queries get the same sum. It contains all counts, and only the query that is added
-# afterwards says which one to read off. With `out` alone that is impossible (see the appendix), and
-# LayerNorm does not make up for it: seeds 0 to 9 get 0.10 to 0.95 of the sequences of length 10
-# right. Attention selects the digit before the sum, so each query's sum contains only its count.
+# afterwards says which one to read off. With `out` alone that is impossible (see the appendix).
+# With LayerNorm it works only in part: seeds 0 to 9 get 0.10 to 0.95 of the sequences of length 10
+# right, and none gets all. Attention selects the digit before the sum, so each query's sum contains
+# only its count.
 def compare(args, digits, n_seeds=3):
     """Train both activations, and equal weights, and print their accuracy at each length.
 
@@ -322,9 +327,9 @@ def compare(args, digits, n_seeds=3):
 # are 0s, every weighted mean is value(0), whatever the weights are. If all are 1s, it is value(1).
 # The query is added, so `out` sees four vectors and has to give these answers:
 #
-#                                    query[0]    query[1]
-#     ten 0s: value(0) plus the          10           0
-#     ten 1s: value(1) plus the           0          10
+#                  how many 0s?               how many 1s?
+#     ten 0s       value(0) + query[0]: 10    value(0) + query[1]: 0
+#     ten 1s       value(1) + query[0]: 0     value(1) + query[1]: 10
 #
 # For each of the four, take the logit of 10 minus the logit of 0. The two on the diagonal must be
 # positive, and the other two negative. But `out` is linear, so both pairs have the same sum,

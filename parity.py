@@ -90,11 +90,11 @@ class MultiHeadSelfAttention(nn.Module):
 # layers through the sum, without passing through f.
 #
 # The paper normalizes the sum, LayerNorm(x + f(x)), as translate.py does (post-norm). Here only the
-# input of f is normalized, x + f(LayerNorm(x)) (pre-norm). Each script does what its exercise asks
-# for. With post-norm, the gradient passes through every LayerNorm on its way to the first layer. At
-# the start it is large near the output, so training needs a warm-up: small steps at first. With
-# pre-norm there is a way through the sums alone, and a warm-up is not necessary (Xiong et al. 2020,
-# https://arxiv.org/abs/2002.04745).
+# input of f is normalized, x + f(LayerNorm(x)) (pre-norm). Each script follows its exercise sheet
+# (see README). With post-norm, the gradient passes through every LayerNorm on its way to the first
+# layer. At the start it is large near the output, so training needs a warm-up: small steps at
+# first. With pre-norm there is a way through the sums alone, and a warm-up is not necessary (Xiong
+# et al. 2020, https://arxiv.org/abs/2002.04745).
 class TransformerBlock(nn.Module):
     """Attention, then an MLP, each added to its input, (B, T, d_model) -> (B, T, d_model).
 
@@ -175,10 +175,11 @@ def one_string_per_count(seq_len, device="cpu"):
 #
 # The model computes f = logit(odd) - logit(even) from the number of ones c, and answers "odd" where
 # f > 0. At the start f is smooth, close to a polynomial of low degree. Over all strings, parity (-1
-# for even, 1 for odd) is uncorrelated with every polynomial of c of degree below T. (Such a
-# polynomial is a sum of products of fewer than T bits. Each product leaves out a bit, and flipping
-# that bit flips the parity but not the product, so the strings cancel in pairs.) For small f the
-# loss over all strings is about
+# for even, 1 for odd) is uncorrelated with every polynomial of c of degree below T. (c is the sum
+# of the bits, and every power of a bit is the bit itself. So such a polynomial is a sum of products
+# of fewer than T bits. Each product leaves out a bit, and flipping that bit flips the parity but
+# not the product, so the strings cancel in pairs.) The loss of a string is ln(1 + exp(-f *
+# parity)). For small f its mean over all strings is about
 #
 #     ln 2 - (mean of f * parity) / 2 + (mean of f^2) / 8
 #
@@ -190,11 +191,13 @@ def one_string_per_count(seq_len, device="cpu"):
 # parity component of f; the figure shows its size. In the default run it stays below 0.00002 for
 # eighty steps. Meanwhile f fits chance differences between the 800 training strings and all
 # strings: the loss falls to 0.6919, a little below ln 2 = 0.6931. This makes f more and more
-# curved, until it is no longer close to a polynomial of low degree. (Without chance differences the
-# plateau is longer: see README, exercise 3.) Then the component rises to 0.005 at step 90, and from
-# there it doubles about every ten steps: 0.02 at step 95, 0.06 at 105, 0.20 at 120, 0.71 at 145.
-# Once begun, this reinforces itself: f is proportional to the weights and bias of the last layer,
-# so if they grow by 1%, the component does, too, and the larger it is, the more the loss falls.
+# curved, until it is no longer close to a polynomial of low degree, and its component along parity
+# is large enough to matter. Then gradient descent increases it, because that lowers the loss: from
+# 0.00002 to 0.005 within ten steps (step 90), then more slowly to 0.02 at step 95, 0.06 at 105,
+# 0.20 at 120 and 0.71 at 145. This reinforces itself: f is proportional to the weights and bias of
+# the last layer, so if they grow by 1%, the component does, too, and the larger it is, the more the
+# loss falls. (Without chance differences the plateau ends, too, but later: see README, exercise 3.
+# The component is never exactly 0, so the loss has a small gradient along it from the start.)
 #
 # The spikes of the loss afterwards come from steps that are too large. By then f goes up and down
 # by 10 to 20 between neighboring numbers of ones, so small changes of the weights change it a lot.
@@ -506,7 +509,8 @@ if __name__ == "__main__":
     # this mean covers about ten steps and keeps up. The default of 0.999 would cover all steps so
     # far and lag behind.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.9))
-    # the learning rate rises from args.lr / 25 to args.lr and then falls to almost 0
+    # the learning rate rises from args.lr / 25 to args.lr and then falls to almost 0 (OneCycleLR
+    # starts with a warm-up, which pre-norm could do without)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps,
                                                     cycle_momentum=False)
 

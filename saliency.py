@@ -3,8 +3,9 @@ Which pixels is a network without attention most sensitive to, and how can it be
 
 The gradient of the loss with respect to an image shows, for every pixel, how much the loss changes
 if the pixel changes a little. Where the gradient is large, the network is sensitive (saliency), and
-a small step along its signs can fool the network (adversarial example). The gradient is a form of
-implicit attention: translate.py compares it with attention weights where the right answer is known.
+a small step along its signs can fool the network (adversarial example). The gradient is sometimes
+called implicit attention: translate.py compares it with attention weights where the right answer is
+known.
 
 The script draws four simple shapes on cluttered backgrounds, and trains a small network to tell
 them apart. So we know which pixels belong to the shape.
@@ -110,7 +111,8 @@ def saliency_map(gradient):
 # The scaled Jacobian is eps * g / max |g|: only the largest entry of g uses all of eps. Random
 # signs show what a change of the same size does without the gradient. An image has 3,072 values
 # instead of three. In the sign step all of them increase the loss, so many changes that are too
-# small to see add up. With random signs they mostly cancel.
+# small to see add up. With random signs they mostly cancel: for n entries of equal size, the sign
+# step adds up n of them, and random signs about sqrt(n), here 3,072 and 55.
 def adversarial_example(model, x, target, eps):
     """Images in [0, 1], each value of x changed by at most eps so that the loss increases."""
     gradient, _ = calculate_jacobian(model, x, target)
@@ -135,8 +137,8 @@ def four_changes(gradient, eps):
 # output pixel from a 3 x 3 square of its input, with the same weights everywhere. It has many
 # outputs for each pixel, the channels. With stride 2 it keeps every second row and column.
 # BatchNorm brings each channel to mean 0 and variance 1, so that its scale does not depend on the
-# layers before, and then to a learned mean and variance. A residual connection adds a block's input
-# to its output, so that gradients get through deep networks.
+# layers before, and then applies a learned scale and bias. A residual connection adds a block's
+# input to its output, so that gradients get through deep networks.
 class BasicBlock(nn.Module):
     """Two convolutions, residual connection: (B, c_in, H, W) -> (B, c_out, H/stride, W/stride)."""
 
@@ -277,12 +279,13 @@ def make_images(n, upright=False):
 
 
 # --------------------------------------------------------------------------------------------------
-# What is measured (1): does saliency point at the shape?
+# Experiment 1: does saliency point at the shape?
 #
-# Pointing is how often the most salient pixel is at most two pixels away from the shape. All shapes
-# are near the middle of the image, so even a map that ignores the image finds many of them. The
-# last column of the table takes this into account. It compares the same maps with the shape of
-# another image, which they should not find.
+# Pointing is how often the most salient pixel is at most two pixels away from the shape (the
+# pointing game, Zhang et al. 2016, https://arxiv.org/abs/1608.00507). All shapes are near the
+# middle of the image, so even a map that ignores the image finds many of them. The last column of
+# the table is the control: it scores the same maps against the shape of another image, which they
+# should not find.
 #
 # - Trained network. The most salient pixel is nearly always within two pixels of the shape, but on
 #   it only in a third of the images. Many others are in the gaps of the shape (inside the triangle,
@@ -296,8 +299,8 @@ def make_images(n, upright=False):
 #   from pixel to pixel, so its largest value is often there. A map that shows the object therefore
 #   does not prove that the network has learned anything (Adebayo et al. 2018, "Sanity Checks for
 #   Saliency Maps", https://arxiv.org/abs/1810.03292).
-# - Edge detector. It cannot tell the classes apart, and is always within two pixels. So pointing
-#   measures whether a map finds the object, and not whether it explains the decision.
+# - Edge detector. It cannot tell the classes apart, and yet it is always within two pixels. So
+#   pointing measures whether a map finds the object, and not whether it explains the decision.
 @torch.no_grad()
 def predict(model, images):
     """Probabilities (B, n_classes)."""
@@ -354,16 +357,18 @@ def measure_pointing(gradient, gradient_untrained, images, masks):
 
 
 # --------------------------------------------------------------------------------------------------
-# What is measured (2): which change of the image fools the network?
+# Experiment 2: which change of the image fools the network?
 #
 # Two results need an explanation:
 #
 # - The unscaled Jacobian, the gradient added as it is, fools the same few images at every eps,
-#   because its size is the network's doubt and not eps: the derivative of the loss with respect to
-#   the target's logit is p(target) - 1, and those for the other logits add up to 1 - p(target).
-# - At eps = 16/255 random signs fool more images than the scaled Jacobian. To first order the
-#   opposite signs would decrease the loss, but they usually increase it, too. So for such strong
-#   noise the loss is far from linear.
+#   because its size depends not on eps but on how unsure the network is: the derivative of the loss
+#   with respect to the target's logit is p(target) - 1, and those for the other logits add up to
+#   1 - p(target). For most images the network is so sure that the change is tiny.
+# - At eps = 16/255 random signs fool more images than the scaled Jacobian, because they change each
+#   value by eps, and it changes only one that much. To first order the opposite signs would
+#   decrease the loss, but they usually increase it, too. So for such strong noise the loss is far
+#   from linear.
 EPS = [2, 4, 8, 16]  # in units of 1/255
 
 
