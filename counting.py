@@ -188,15 +188,17 @@ def train(args, activation, all_lengths=True, verbose=False):
 # vector of count 0 (default run, the other digits are 1s):
 #     count     0    1    2    3    4    5    6    7    8    9   10
 #     angle     0    7   20   42   75  102  119  128  134  138  140
-# The steps are no longer equal, but no two points coincide, and that is enough for a linear layer.
-# Let all rows of `out` be equally long, each pointing at the vector of one count. Then the row of
-# the true count has the largest dot product with the vector, so its logit is the largest.
-# (LayerNorm's scale and bias do not matter here, because `out` can undo them. All queries share
-# `out`. The points of each query form an arc. If the three arcs lie in orthogonal planes, each row
-# can be the sum of the three vectors of its count.)
+# The steps are no longer equal, but no two points coincide, because the query moves the line away
+# from the origin, so every count has its own direction. Without the query, count * weight *
+# value(0) would have the same direction for every count above 0, and LayerNorm, which keeps only
+# the direction, would make all these vectors equal.
 #
-# This is also why the query is added: without it, count * weight * value(0) would have the same
-# direction for every count above 0, and LayerNorm would make all these vectors equal.
+# Different points are enough for a linear layer, because among vectors of equal length, each has
+# its largest dot product with itself. So let all rows of `out` be equally long, each pointing at
+# the vector of one count. Then the row of the true count has the largest logit. (LayerNorm's scale
+# and bias do not matter here, because `out` can undo them. All queries share `out`: if the points
+# of the three queries lie in orthogonal planes, each row can be the sum of the three vectors of its
+# count. This is one solution, not necessarily the one that training finds.)
 @torch.no_grad()
 def angles(model, other, length):
     """How many degrees the normalized vector of the query for 0 turns as the count of 0s grows.

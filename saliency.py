@@ -61,8 +61,9 @@ def calculate_jacobian(model, x, target):
     assert not model.training, "call model.eval() first"
     x = x.detach().requires_grad_()
     logits = model(x)
-    # The gradient contains p(target) - 1, which float32 rounds to 0 if p(target) is within 6e-8 of
-    # 1. So the loss is computed in float64, and on the CPU, because not every device has float64.
+    # By the chain rule, the gradient starts with the derivative of the loss with respect to the
+    # target's logit, p(target) - 1. In float32 this is 0 if p(target) is within 6e-8 of 1. So the
+    # loss is computed in float64, and on the CPU, because not every device has float64.
     #
     # Only one term of the sum depends on image i, its own loss. So the gradient of the sum with
     # respect to image i is that of its own loss.
