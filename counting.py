@@ -115,8 +115,8 @@ def accuracy(model, digits, vocab_size):
 def train(args, activation, all_lengths=True, verbose=False):
     """Train a model. `activation` is "sigmoid", "softmax" or "equal weights" (see `compare`).
 
-    The sequences of a batch are equally long, because they are one tensor. Their length is L, which
-    has the most combinations of counts, with probability 1/2, otherwise a random one up to L.
+    The sequences of a batch are equally long, because they are one tensor. With probability 1/2
+    their length is L, which has the most combinations of counts, otherwise random from 1 to L.
     Without `all_lengths` it is always L. Then 3 zeros always come with 7 other digits, and the
     query for 0 can just as well attend to everything but 0s. Several lengths rule that out.
     """

@@ -1299,6 +1299,8 @@ if __name__ == "__main__":
                         help="encoder blocks")
     parser.add_argument("--n_dec_layers", type=number(int, 1), default=not_given,
                         help="decoder blocks")
+    defaults = [f"{data}: {values}" for data, values in DEFAULTS.items()]
+    parser.add_argument_group("defaults for training", "\n".join(defaults))
     args = parse_args(parser)
     vars(args).setdefault("data", "tatoeba" if args.text else "toy")
     defaults = DEFAULTS.get(args.data, DEFAULTS["tatoeba"])     # a text file has those of tatoeba
