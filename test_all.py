@@ -13,6 +13,7 @@ import inspect
 import io
 import math
 import os
+import random
 import re
 import runpy
 import shlex
@@ -988,13 +989,13 @@ def test_the_logit_of_the_input_token_is_large_at_first(vocab_size, d_model, n_l
 
 
 @pytest.mark.parametrize("n, german, english, alignment", [
-    (1, "Morgen kann ein Fuchs eine junge Königin hören.", "Tomorrow a fox can hear a young queen.",
-     [[0], [2], [3], [1], [7], [4], [5], [6], [8]]),
-    (13, "Einen klugen Mann hat das müde Kind gestern besucht.",
-     "The tired child visited a clever man yesterday.",
-     [[4], [5], [6], [3, 8], [0], [1], [2], [7], [9]]),
-    (16, "Den jungen Fuchs jagt die Katze.", "The cat chases the young fox.",
-     [[4], [5], [3], [0], [1], [2], [6]])])
+    (2, "Ein kleines Mädchen besucht den König.", "A small girl visits the king.",
+     [[0], [1], [2], [3], [4], [5], [6]]),
+    (5, "Gestern hat der Lehrer den Vogel geweckt.", "Yesterday the teacher woke the bird.",
+     [[0], [2], [3], [1, 6], [4], [5], [7]]),
+    (7, "Den klugen Lehrer hat der König gestern besucht.",
+     "The king visited the clever teacher yesterday.",
+     [[4], [5], [3, 7], [0], [1], [2], [6], [8]])])
 def test_a_toy_line_has_this_translation_and_alignment(n, german, english, alignment):
     assert translate.toy_pair(n) == (german, english, alignment)
 
@@ -1019,37 +1020,26 @@ def test_a_toy_sentence_is_in_one_part_and_once(part):
 
 
 # --------------------------------------------------------------------------------------------------
-# translate.py: everyday sentences, captions and text files
+# translate.py: everyday sentences and text files
 
 
 def test_white_space_and_composed_characters_make_no_difference():
     assert translate.normalize(" Ein\u00a0 Hund\tla\u0308uft.\r\n") == "Ein Hund läuft."
 
 
-@pytest.mark.parametrize("data, path", [
-    ("tatoeba", "data/tatoeba/deu-eng.zip"),
-    ("multi30k", "data/multi30k/test_2016_flickr.de.gz")])
-def test_a_wrong_file_of_a_corpus_is_named(data, path, tmp_path):
-    os.makedirs(os.path.dirname(path))
-    (tmp_path / path).write_text("<html>")
-    with pytest.raises(SystemExit, match=f"{path} is not the file from .*: delete it"):
-        translate.load_pairs(data, "test")
+def test_a_wrong_file_of_everyday_sentences_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("translate.DATA_FOLDER", str(tmp_path))
+    os.makedirs(tmp_path / "tatoeba")
+    (tmp_path / "tatoeba/deu-eng.zip").write_text("<html>")
+    with pytest.raises(SystemExit, match="deu-eng.zip is not the file from .*: delete it"):
+        translate.load_pairs("tatoeba", "test")
 
 
-def test_captions_are_read_from_two_files(tmp_path, monkeypatch):
+def test_everyday_sentences_are_read_from_their_zip(monkeypatch, tmp_path):
+    monkeypatch.setattr("translate.DATA_FOLDER", str(tmp_path))
     monkeypatch.setattr("translate.download", lambda *_: None)
-    os.makedirs("data/multi30k")
-    for language, text in [("de", "Ein  Hund.\nZwei Äpfel.\n"), ("en", "A dog.\nTwo apples.\n")]:
-        path = tmp_path / f"data/multi30k/val.{language}.gz"
-        path.write_bytes(gzip.compress(text.encode()))
-    expected = [("Ein Hund.", "A dog."), ("Zwei Äpfel.", "Two apples.")]
-    assert translate.load_pairs("multi30k", "val") == expected
-
-
-def test_everyday_sentences_are_read_from_their_zip(monkeypatch):
-    monkeypatch.setattr("translate.download", lambda *_: None)
-    os.makedirs("data/tatoeba")
-    with zipfile.ZipFile("data/tatoeba/deu-eng.zip", "w") as archive:
+    os.makedirs(tmp_path / "tatoeba")
+    with zipfile.ZipFile(tmp_path / "tatoeba/deu-eng.zip", "w") as archive:
         archive.writestr("deu.txt", "Hi.\tHallo!\nRun!\tLauf!\n")
     assert translate.read_file("tatoeba") == [("Hallo!", "Hi."), ("Lauf!", "Run!")]
 
@@ -1090,17 +1080,18 @@ def test_held_out_pairs_have_no_sentence_of_training_and_count_once(part, expect
     assert translate.split_pairs(PAIRS, part) == expected
 
 
-def test_long_pairs_are_left_out():
+def test_pairs_that_are_too_long_are_left_out():
     tokenizer = translate.Tokenizer([])
-    limit = "x" * 99
+    limit = "x" * 98    # with a space before it 99 bytes, and the end of the sentence
     pairs = [(limit, limit), (limit + "x", "short"), ("kurz", limit + "x")]
-    assert translate.drop_long(tokenizer, pairs, "test") == pairs[:1]
-    with pytest.raises(SystemExit, match="every pair of the val part has 100 tokens or more"):
-        translate.drop_long(tokenizer, pairs[1:], "val")
+    assert len(translate.encode_pairs(tokenizer, pairs)) == 1
+    batches = translate.training_batches(tokenizer, pairs[1:], "toy", 100, 0)
+    with pytest.raises(SystemExit, match="every pair of the training part has 100 tokens or more"):
+        next(batches)
 
 
 # --------------------------------------------------------------------------------------------------
-# translate.py: tokens, batches, loss, learning rate
+# translate.py: tokens and batches
 
 
 def test_encoding_loses_nothing():
@@ -1139,28 +1130,169 @@ def test_merging_stops_when_no_pair_occurs_twice():
     assert len(translate.learn_merges(["abc", "abd"], 50)) == 1
 
 
-def test_an_epoch_has_every_sentence_once_and_little_padding():
-    examples = [([5] * (n % 26 + 4), [5] * (n % 29 + 4)) for n in range(3000)]
-    lengths = [len(src) + len(tgt) for src, tgt in examples]
-    batches = translate.make_batches(examples, 1000, seed=0)
+@pytest.mark.parametrize("text", [
+    "Bello sagte: \"Es geht's an.\"", "Bello sagte: „Es geht’s an.“",
+    "Bello sagte: »Es geht´s an.«",
+    "Bel\u00adlo sagte: \u200b\"Es geht's an.\"", "\ufeffBello sagte: \u200e\"Es geht's an.\"",
+    "BELLO SAGTE: “ES GEHT`S AN.”"])
+def test_quotes_apostrophes_and_invisible_characters_make_no_difference(text):
+    assert translate.fold(text) == "bello sagte: \"es geht's an.\""
+
+
+@pytest.mark.parametrize("text", ["U-Bahn - ja", "U‐Bahn – ja", "U‑Bahn — ja", "U−Bahn ― ja"])
+def test_hyphens_and_dashes_make_no_difference(text):
+    assert translate.fold(text) == "u-bahn - ja"
+
+
+def test_four_ways_of_typing_are_the_same_to_the_model():
+    ways = ["Übergrößenträger", "übergrößenträger", "ÜBERGRÖSSENTRÄGER", "Uebergroessentraeger"]
+    assert {translate.fold(text) for text in ways} == {"uebergroessentraeger"}
+
+
+def test_a_capital_letter_becomes_a_mark_and_a_small_letter():
+    assert translate.mark_capitals("My name is Anna.") == "↑ my name is↑ anna."
+    assert translate.mark_capitals("I'm on TV, McDonald.") == "↑ i'm on TV, McDonald."
+
+
+@pytest.mark.parametrize("text", [
+    "My name is Anna.", "I'm on TV, McDonald.", '"Oh, A-B is É, Zoë," he said.',
+    "x X xX Xx XX Éa aÉ",
+    "", "(Yes)A", "Straße ÄB Äb A1 1A A_B"])
+def test_marking_capitals_loses_nothing(text):
+    assert translate.restore_capitals(translate.mark_capitals(text)) == text
+
+
+def test_a_name_has_the_same_tokens_in_both_languages_wherever_it_stands():
+    tokenizer = translate.Tokenizer(translate.learn_merges([" anna", " anna"], 10))
+    *german, _ = translate.encode_source(tokenizer, "Anna")
+    [(src, tgt)] = translate.encode_pairs(tokenizer, [("Ja, Anna", "Anna")])
+    assert len(german) == 1
+    assert src[-2:] == german + [translate.EOS]
+    assert tgt[-2:] == german + [translate.EOS]
+
+
+def test_every_digit_is_a_token():
+    tokenizer = translate.Tokenizer(translate.learn_merges([" 1234", " 1234"], 10))
+    assert [tokenizer.decode([token]) for token in tokenizer.encode(" 1234")] == [" 1", *"234"]
+
+
+def test_a_batch_has_little_padding_and_an_epoch_has_every_sentence_once():
+    examples = [([5] * (n % 26 + 4), [5] * (n % 29 + 4) + [n]) for n in range(3000)]
     seen = []
+    n_tokens = 0
     n_padded = 0
-    while len(seen) < 3000:
-        batch = next(batches)
-        size = len(batch) * max(lengths[i] for i in batch)
+    for batch in translate.make_batches(examples, 1000, random.Random(0)):
+        lengths = [len(src) + len(tgt) for src, tgt in batch]
+        size = len(batch) * max(lengths)
         assert size <= 1000
         n_padded += size
-        seen += batch
+        n_tokens += sum(lengths)
+        seen += [tgt[-1] for _, tgt in batch]
     assert sorted(seen) == list(range(3000))
-    assert sum(lengths) > 0.8 * n_padded
+    assert n_tokens > 0.8 * n_padded
 
 
 def test_every_epoch_and_every_seed_has_other_batches():
-    examples = [([5] * n, [5] * n) for n in [1, 2, 3] * 20]
-    batches = translate.make_batches(examples, 10_000, seed=0)  # one batch is one epoch
-    first = next(batches)
+    pairs = [(f"Satz {n}", f"{n}") for n in range(60)]
+    tokenizer = translate.Tokenizer([])
+    batches = translate.training_batches(tokenizer, pairs, "toy", 10_000, seed=0)
+    first = next(batches)   # one batch is one epoch
     assert first != next(batches)
-    assert first != next(translate.make_batches(examples, 10_000, seed=5))
+    assert first != next(translate.training_batches(tokenizer, pairs, "toy", 10_000, seed=5))
+    assert first == next(translate.training_batches(tokenizer, pairs, "toy", 10_000, seed=0))
+
+
+def test_a_text_file_is_trained_as_people_type_and_the_toy_language_is_not(monkeypatch):
+    monkeypatch.setattr("translate.as_people_type", lambda pairs, rng: [("anders", "other")])
+    tokenizer = translate.Tokenizer([])
+    for data, german in [("toy", "Hund"), ("pairs.tsv", "anders")]:
+        [(src, _)] = next(translate.training_batches(tokenizer, [("Hund", "Dog")], data, 100, 0))
+        assert tokenizer.decode(src) == " " + translate.fold(german)
+
+
+# --------------------------------------------------------------------------------------------------
+# translate.py: training sentences like those that people type
+
+
+def test_names_and_numbers_are_replaced_by_the_same_ones_in_both_sentences():
+    replaced = 0
+    for seed in range(100):
+        german, english = translate.invent_names_and_numbers(
+            "Toms Bruder hat Maria 3 oder vier Mal in 1998 gesehen, Tom.",
+            "Tom's brother saw Mary 3 or four times in 1998, Tom.", random.Random(seed))
+        assert "Maria" in german and "Mary" in english      # they differ, so they stay
+        name, number, word, year, again = re.fullmatch(
+            r"(.+)'s brother saw Mary (\S+) or (\S+) times in (\S+), (.+)\.", english).groups()
+        assert name == again
+        german_word = "vier" if word == "four" else word
+        assert german == (f"{name}s Bruder hat Maria {number} oder {german_word} Mal in {year} "
+                          f"gesehen, {name}.")
+        replaced += name != "Tom"
+    assert 30 < replaced < 70
+
+
+def test_invented_names_and_numbers_hardly_ever_repeat():
+    rng = random.Random(0)
+    names = {translate.invent_name(rng) for _ in range(1000)}
+    assert len(names) > 800
+    assert all(re.fullmatch("[A-Z][a-z]+", name) for name in names)
+    lengths = collections.Counter(len(translate.invent_number(rng)) for _ in range(1000))
+    assert set(lengths) == {1, 2, 3, 4, 5, 6}
+
+
+def test_a_fifth_of_the_sentences_is_joined_by_twos_and_threes():
+    pairs = [(f"de{n}", f"en{n}") for n in range(1000)]
+    joined = translate.join_some(pairs, random.Random(0))
+    lengths = collections.Counter(len(german.split()) for german, _ in joined)
+    assert set(lengths) == {1, 2, 3}
+    assert 200 <= 1000 - lengths[1] <= 202
+    assert all(german.replace("de", "en") == english for german, english in joined)
+    assert sorted(" ".join(english for _, english in joined).split()) == sorted(
+        english for _, english in pairs)
+
+
+def test_a_typing_error_loses_doubles_swaps_or_changes_one_inner_letter():
+    rng = random.Random(0)
+    typed = {translate.mistype("abcd", rng) for _ in range(1000)}
+    changed = {f"a{x}cd" for x in "abcdefghijklmnopqrstuvwxyz"}
+    changed |= {f"ab{x}d" for x in "abcdefghijklmnopqrstuvwxyz"}
+    assert typed == {"acd", "abd", "abbcd", "abccd", "acbd", "abdc"} | changed
+
+
+def test_some_words_are_mistyped_but_no_name_and_no_number():
+    pairs = [("Katharina kennt 123456 Buchstaben", "Katharina knows 123456 letters")] * 1000
+    typed = translate.as_people_type(pairs, random.Random(0))
+    n_mistyped = 0
+    n_words = 0
+    for german, english in typed:
+        words = german.split()
+        n_words += 2 * len(words) // 4
+        n_mistyped += len(words) // 4 * 2 - words.count("kennt") - words.count("Buchstaben")
+        assert words[0::4] == english.split()[0::4]     # the names
+        assert words[2::4] == english.split()[2::4]     # the numbers
+    assert n_mistyped / n_words == pytest.approx(0.03, abs=0.015)
+
+
+def test_a_tenth_of_the_german_sentences_loses_its_final_full_stop():
+    pairs = [("Ja.", "Yes.")] * 2000
+    typed = translate.as_people_type(pairs, random.Random(0))
+    n_lost = sum(not german.endswith(".") for german, _ in typed)
+    assert n_lost / len(typed) == pytest.approx(0.1, abs=0.02)
+    assert all(english.endswith(".") for _, english in typed)
+
+
+def test_words_that_mostly_occur_together_are_pairs():
+    pairs = [("Der Hund schläft.", "The dog sleeps."), ("Mein Hund rennt.", "My dog runs."),
+             ("Die Maus schläft.", "A mouse is asleep."), ("Tom kommt.", "Here comes Tom.")] * 5
+    found = translate.word_pairs(pairs)
+    assert ("hund", "dog") in found and ("maus", "mouse") in found
+    assert ("hund", "mouse") not in found
+    assert ("tom", "Tom") not in found              # it would stay as it is anyway
+    assert translate.word_pairs(pairs[:8]) == []    # none occurs five times
+
+
+# --------------------------------------------------------------------------------------------------
+# translate.py: batches, loss, learning rate
 
 
 EXAMPLES = [([5, 6, 2], [1, 7, 8, 9, 2]), ([5, 2], [1, 4, 2])]
@@ -1237,7 +1369,7 @@ def test_greedy_decoding_is_beam_search_with_one_hypothesis():
 
 
 def test_a_text_that_is_too_long_is_named_and_the_others_are_translated(toy_model, capsys):
-    texts = ["x" * 99, "x" * 100, "Der Mann sieht den Hund."]
+    texts = ["x" * 98, "x" * 99, "Der Mann sieht den Hund."]
     translations = translate.translate(*toy_model, texts, beam=1)
     assert translations[0] != ""
     assert translations[1:] == ["", "The man sees the dog."]
@@ -1263,13 +1395,18 @@ def test_bleu_has_the_values_that_sacrebleu_prints(translations, references, exp
 # translate.py: looking inside
 
 
+TOY_WEIGHTS = os.path.join(HERE, "assets", "translate_toy.pt")
+
+
 @pytest.fixture(scope="module")
 def toy_model():
-    return translate.load_model("toy", "no_such_folder", "cpu")
+    model, tokenizer, _ = translate.load_model(TOY_WEIGHTS, "cpu")
+    return model, tokenizer
 
 
 def tokens_of(tokenizer, german, english):
     src = torch.tensor([translate.encode_source(tokenizer, german)])
+    english = translate.mark_capitals(english)
     tgt = torch.tensor([[translate.BOS] + tokenizer.encode(english)])
     return src, tgt
 
@@ -1277,22 +1414,22 @@ def tokens_of(tokenizer, german, english):
 def test_the_alignment_accuracy_is_that_of_a_plain_loop(toy_model):
     model, tokenizer = toy_model
     lines = translate.toy_lines("test", 1000)
-    hits = torch.zeros(4, 2)    # head, row that produces or consumes the word
+    hits = torch.zeros(4)       # heads
     n_words = 0
     for german, english, alignment in lines:
         _, weights = model(*tokens_of(tokenizer, german, english))
         for t, right in enumerate(alignment[:-1]):  # without the full stop
-            guesses = weights[0, :, t:t + 2, :-1].argmax(dim=-1)
+            guesses = weights[0, :, t + 1, :-1].argmax(dim=-1)      # after BOS and the mark
             hits += torch.isin(guesses, torch.tensor(right))
             n_words += 1
     accuracy, _, _ = translate.alignment_accuracy(model, tokenizer, lines)
-    assert_close(accuracy[:, -1], hits.T / n_words)    # of the last block
+    assert_close(accuracy[-1], hits / n_words)      # of the last block
 
 
-def test_chance_and_diagonal_of_line_13_are_those_of_its_alignment(toy_model):
-    _, chance, diagonal = translate.alignment_accuracy(*toy_model, [translate.toy_pair(13)])
-    assert chance.item() == pytest.approx(9 / 80)
-    assert diagonal.item() == pytest.approx(2 / 8)
+def test_chance_and_diagonal_of_line_7_are_those_of_its_alignment(toy_model):
+    _, chance, diagonal = translate.alignment_accuracy(*toy_model, [translate.toy_pair(7)])
+    assert chance.item() == pytest.approx(8 / 9 / 7)
+    assert diagonal.item() == pytest.approx(1 / 7)
 
 
 def test_the_gradient_accuracy_is_that_of_one_word_after_the_other(toy_model):
@@ -1301,7 +1438,7 @@ def test_the_gradient_accuracy_is_that_of_one_word_after_the_other(toy_model):
     hits = []
     for german, english, alignment in lines:
         src, tgt = tokens_of(tokenizer, german, english)
-        for t, right in enumerate(alignment[:-1]):
+        for t, right in enumerate(alignment[:-1], start=1):
             embedded = model.embed(src).requires_grad_()
             memory = embedded
             for block in model.encoder:
@@ -1312,23 +1449,6 @@ def test_the_gradient_accuracy_is_that_of_one_word_after_the_other(toy_model):
             hits.append(norms.argmax().item() in right)
     accuracy = translate.gradient_accuracy(model, tokenizer, lines)
     assert accuracy.item() == pytest.approx(sum(hits) / len(hits))
-
-
-@pytest.mark.parametrize("block, lowest, highest", [(0, 1.0, 1.0), (1, 0.3, 0.7)])
-def test_the_last_block_translates_without_the_cross_attention_of_the_first_but_not_the_reverse(
-        block, lowest, highest):
-    model, tokenizer = translate.load_model("toy", "no_such_folder", "cpu")
-    for parameter in model.decoder[block].cross_attention.w_o.parameters():
-        parameter.zero_()
-    n_right = 0
-    n_words = 0
-    for german, english, _ in translate.toy_lines("test", 5000)[:150]:
-        src, tgt = tokens_of(tokenizer, german, english)
-        logits, _ = model(src, tgt)
-        targets = tgt[:, 1:]
-        n_right += (logits[:, :-1].argmax(dim=-1) == targets).sum().item()
-        n_words += targets.numel()
-    assert lowest <= n_right / n_words <= highest
 
 
 def test_the_article_of_an_object_that_comes_first_decides_that_of_the_subject(toy_model):
@@ -1344,25 +1464,38 @@ def test_the_alignment_needs_one_token_for_each_word(toy_model):
 def test_the_heatmap_shows_the_weights_of_the_translation_and_marks_the_right_words(
         toy_model, monkeypatch):
     model, tokenizer = toy_model
-    german, english, alignment = translate.toy_pair(16)
+    german, english, alignment = translate.toy_pair(2)
     drawn = []
     monkeypatch.setattr("translate.plot_attention",
                         lambda *args, marks, **_: drawn.extend([*args, marks]))
     translate.plot_cross_attention(model, tokenizer, german, 1, "", english, alignment)
-    weights, *_, marks = drawn
+    weights, source_labels, written_labels, _, marks = drawn
     _, expected = model(*tokens_of(tokenizer, german, english))
     assert_close(weights, expected[0])
-    assert marks[0].nonzero().tolist() == [[t, s] for t, [s] in enumerate(alignment)]
+    assert source_labels == ["_ein", "_kleines", "_maedchen", "_besucht", "_den", "_koenig", ".",
+                             "<eos>"]
+    assert written_labels == ["↑", "_a", "_small", "_girl", "_visits", "_the", "_king", ".",
+                              "<eos>"]
+    assert marks[0].nonzero().tolist() == [[t + 1, s] for t, [s] in enumerate(alignment)]
 
 
-def test_the_shipped_toy_model_translates_and_finds_the_source_words(monkeypatch):
+def test_the_best_head_is_the_one_that_is_right_most_often(monkeypatch):
+    monkeypatch.setattr("translate.toy_lines", lambda *_: [])
+    accuracy = torch.tensor([[0.1, 0.9], [0.3, 0.2]])
+    monkeypatch.setattr("translate.alignment_accuracy",
+                        lambda *_: (accuracy, torch.tensor(0.5), torch.tensor(0.5)))
+    monkeypatch.setattr("translate.gradient_accuracy", lambda *_: torch.tensor(0.5))
+    assert translate.test_alignment(None, None, "out") == (pytest.approx(0.9), 0.5)
+
+
+def test_the_shipped_toy_model_translates_and_finds_the_source_words(toy_model, monkeypatch):
     toy_lines = translate.toy_lines
     monkeypatch.setattr("translate.toy_lines", lambda part, _: toy_lines(part, 3000))
-    args = argparse.Namespace(data="toy", out_dir="out", device="cpu", beam=1)
-    result = result_of("result: " + translate.test(args))
+    args = argparse.Namespace(out_dir="out", beam=1)
+    result = result_of("result: " + translate.test(*toy_model, "toy", args))
     assert result["exact"] > 0.95
     assert result["alignment"] > 0.9
-    assert 0.8 < result["gradient"] < result["alignment"]
+    assert 0.8 < result["gradient"] <= 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1405,43 +1538,105 @@ def test_the_script_learns_from_about_the_loss_of_a_uniform_prediction(trained):
     assert set(result_of(output)) == {"exact", "bleu", "params", "seconds"}
 
 
-def test_the_tokenizer_learns_from_the_folded_german_and_the_english_of_the_training_part(
-        trained, pairs_file):
+def test_the_tokenizer_learns_from_the_training_part_of_both_languages(trained, pairs_file):
     saved = torch.load(trained[0] / "translate_pairs.tsv.pt", weights_only=True)
     pairs = translate.load_pairs(str(pairs_file), "train")
-    texts = [translate.fold(german) for german, _ in pairs] + [english for _, english in pairs]
+    texts = [" " + translate.fold(german) for german, _ in pairs]
+    texts += [translate.mark_capitals(english) for _, english in pairs]
     merges = saved["merges"]
     assert merges == translate.learn_merges(texts, len(merges))
 
 
-def test_the_test_part_is_scored_without_its_long_pairs(trained, pairs_file, capsys):
-    _, output = run("translate.py", "--data", pairs_file, "--test", "--out_dir", trained[0])
-    assert "test part: 1 pairs of 100 tokens or more are left out" in output
-    assert set(result_of(output)) == {"exact", "bleu", "params", "seconds"}
+def test_the_log_says_what_is_left_to_do(trained):
+    assert re.search(r"^learning 50 merges \.\.\.$", trained[2], re.MULTILINE)
+    assert logged_steps(trained[2]) == [0, *range(2, 41, 2)]
+    assert trained[2].count(", about 0 min left") == 20
+
+
+def test_weights_that_were_just_trained_are_used_with_load(trained, pairs_file, capsys):
     weights = trained[0] / "translate_pairs.tsv.pt"
-    assert f"weights from {weights}, trained for 40 steps" in capsys.readouterr().err
+    assert f"try: python translate.py --test --load {weights}" in trained[2]
+    _, output = run("translate.py", "--test", "--load", weights)     # the file knows its data
+    assert set(result_of(output)) == {"exact", "bleu", "params", "seconds"}
+    assert f"weights from {weights}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("n, held_out", [
-    (1, "no"), (6, "yes"),
-    (5, "yes, but it is not scored (see split_pairs)")])
-def test_a_line_says_whether_it_was_held_out(n, held_out, tmp_path):
+def test_load_ignores_what_lies_in_the_output_folder(trained, monkeypatch):
+    monkeypatch.chdir(trained[0])
+    os.makedirs("out", exist_ok=True)
+    shutil.copy("translate_pairs.tsv.pt", "out/translate_toy.pt")
+    _, output = run("translate.py", "--data", "toy", "--text", "Den Vogel weckt der Hund.")
+    assert output == "The dog wakes the bird.\n"
+
+
+def test_with_load_a_missing_text_file_is_named_and_data_takes_its_place(trained, tmp_path):
+    weights = torch.load(trained[0] / "translate_pairs.tsv.pt", weights_only=True)
+    torch.save({**weights, "data": "gone.tsv"}, tmp_path / "weights.pt")
+    with pytest.raises(SystemExit, match="cannot read gone.tsv, use --data with another file"):
+        run("translate.py", "--load", "weights.pt", "--line", 1)
+    _, output = run("translate.py", "--load", "weights.pt", "--data", "toy", "--line", 7)
+    assert "source:      Den klugen Lehrer hat der König gestern besucht." in output
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--test --load missing.pt", "there are no weights in missing.pt"),
+    ("--test --load foreign.pt", "foreign.pt does not hold weights of translate.py"),
+    ("--test --load damaged.pt", "damaged.pt does not hold weights of translate.py"),
+    ("--data pairs.tsv --text Hallo", "no shipped weights for pairs.tsv: use --load"),
+    ("--line 0", "--line 0: toy has lines 1 to 209773"),
+    ("--line 209774", "--line 209774: toy has lines 1 to 209773"),
+    ("--resume", "there is nothing to resume: out/translate_toy.pt.checkpoint does not exist"),
+    ("--out_dir foreign.pt", "cannot write to foreign.pt"),
+    ("--data missing.tsv", "cannot read missing.tsv")])
+def test_a_mistake_gives_one_clear_sentence(options, message):
+    torch.save({"weights": 1}, "foreign.pt")
+    with open("damaged.pt", "w") as file:
+        file.write("nothing that torch could read")
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        run("translate.py", *options.split())
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--load assets/translate_toy.pt", "--load and --plot need --test, --line or --text"),
+    ("--n_heads 3", "--n_heads 3 does not divide --d_model 64"),
+    ("--beam 0", "argument --beam"), ("--dropout 1.5", "argument --dropout"),
+    ("--steps -5", "argument --steps"), ("--lr nan", "argument --lr")])
+def test_an_impossible_option_is_refused(options, message, capsys):
+    with pytest.raises(SystemExit):
+        run("translate.py", *options.split())
+    assert message in capsys.readouterr().err
+
+
+def test_a_learning_rate_that_diverges_ends_the_run_and_keeps_the_old_weights(pairs_file):
+    os.makedirs("out")
+    with open("out/translate_pairs.tsv.pt", "w") as file:
+        file.write("finished")
+    with pytest.raises(SystemExit, match="step .*: the loss is nan, try a smaller --lr"):
+        run("translate.py", *TINY, "--data", pairs_file, "--lr", "1e30")
+    with open("out/translate_pairs.tsv.pt") as file:
+        assert file.read() == "finished"
+
+
+@pytest.mark.parametrize("n, held_out", [(1, "no"), (6, "yes"), (5, "no")])
+def test_a_line_says_whether_its_pair_would_be_scored(n, held_out):
     lines = [f"{english}\t{german}\n" for german, english in PAIRS]
-    (tmp_path / "toy").write_text("".join(lines), encoding="utf-8")  # named as the toy weights
-    _, output = run("translate.py", "--data", tmp_path / "toy", "--line", n)
+    with open("pairs.tsv", "w", encoding="utf-8") as file:
+        file.writelines(lines)
+    _, output = run("translate.py", "--data", "pairs.tsv", "--load", TOY_WEIGHTS, "--line", n)
     assert output.endswith(f"held out:    {held_out}\n")
 
 
 def test_a_line_that_is_too_long_is_not_drawn(trained, pairs_file):
-    _, output = run("translate.py", "--data", pairs_file, "--line", 300, "--plot", "--out_dir",
-                    trained[0])
+    weights = trained[0] / "translate_pairs.tsv.pt"
+    _, output = run("translate.py", "--load", weights, "--line", 300, "--plot")
     assert "translation: \n" in output
     assert "saved" not in output
 
 
-def test_a_toy_line_after_those_of_training_may_repeat_one():
-    _, output = run("translate.py", "--line", 200_000)
-    assert output.endswith("yes, unless it is also among the first 100,000 lines\n")
+def test_if_one_of_several_texts_is_too_long_the_others_are_translated_with_status_1(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("translate.py", "--data", "toy", "--text", "x" * 99, "Den Vogel weckt der Hund.")
+    assert stop.value.code == 1
 
 
 def test_the_result_is_that_of_the_validation_part(tmp_path):
@@ -1458,7 +1653,7 @@ def test_the_result_is_that_of_the_validation_part(tmp_path):
 def test_the_logged_validation_loss_is_that_of_the_validation_part_without_dropout(
         trained, pairs_file):
     folder, values, _ = trained
-    _, tokenizer = translate.load_model(str(pairs_file), folder, "cpu")
+    _, tokenizer, _ = translate.load_model(str(folder / "translate_pairs.tsv.pt"), "cpu")
     examples = translate.encode_pairs(tokenizer, translate.load_pairs(str(pairs_file), "val"))
     loss = translate.validation_loss(values["net"].eval(), examples, "cpu")
     assert values["val_loss"] == pytest.approx(loss, rel=1e-5)
@@ -1482,7 +1677,6 @@ def test_the_loss_of_training_is_the_smoothed_mean_over_all_targets(pairs_file):
 
 def test_the_norm_of_the_gradient_is_limited_to_1(pairs_file):
     values, _ = run("translate.py", *TINY, "--steps", 1, "--d_model", 64, "--data", pairs_file)
-    assert values["grad_norm"] > 1.1
     norms = torch.stack([p.grad.norm() for p in values["net"].parameters()])
     assert norms.norm().item() == pytest.approx(1, rel=1e-3)
 
@@ -1522,26 +1716,32 @@ def test_an_unfinished_training_keeps_the_finished_weights(killed):
     assert (killed / "translate_pairs.tsv.pt").read_text() == "finished"
 
 
-@pytest.mark.parametrize("options, message", [
-    ([], "holds an unfinished run: continue it with --resume"),
-    (["--resume", "--lr", "0.5"], "cannot resume: .* was made with lr 0.01, not 0.5$"),
-    (["--resume", "--seed", "1"], "cannot resume: .* was made with seed 0, not 1$")])
-def test_an_unfinished_training_is_only_continued_as_it_was(killed, pairs_file, options, message):
-    with pytest.raises(SystemExit, match=message):
-        run("translate.py", *TINY, "--data", pairs_file, "--out_dir", killed, *options)
+def test_an_unfinished_training_is_not_overwritten(killed, pairs_file):
+    with pytest.raises(SystemExit, match="holds an unfinished run: continue it with --resume"):
+        run("translate.py", *TINY, "--data", pairs_file, "--out_dir", killed)
 
 
 def test_an_unfinished_training_is_not_continued_with_other_sentences(
         killed, pairs_file, tmp_path):
     other = tmp_path / "pairs.tsv"
     other.write_text(pairs_file.read_text(encoding="utf-8") + "\nHi.\tStimmt!", encoding="utf-8")
-    with pytest.raises(SystemExit, match="checksum of the data"):
-        run("translate.py", *TINY, "--data", other, "--out_dir", killed, "--resume")
+    with pytest.raises(SystemExit, match="pairs.tsv is not the data that .* was trained with"):
+        run("translate.py", "--data", other, "--out_dir", killed, "--resume")
 
 
-def test_a_killed_training_is_resumed_bit_for_bit(killed, trained, pairs_file, tmp_path):
+def test_a_checkpoint_of_other_code_is_named(pairs_file):
+    os.makedirs("out")
+    torch.save({"step": 3}, "out/translate_pairs.tsv.pt.checkpoint")
+    with pytest.raises(SystemExit, match="does not hold a checkpoint of translate.py"):
+        run("translate.py", "--data", pairs_file, "--resume")
+
+
+def test_a_killed_training_is_resumed_bit_for_bit_with_its_own_options(
+        killed, trained, pairs_file, tmp_path):
     folder = shutil.copytree(killed, tmp_path / "copy")
-    values, _ = run("translate.py", *TINY, "--data", pairs_file, "--out_dir", folder, "--resume")
+    values, output = run("translate.py", "--data", pairs_file, "--out_dir", folder, "--resume",
+                         "--lr", 5, "--seed", 7)
+    assert output.startswith("steps 40, batch_tokens 300, lr 0.01, ")
     assert values["first_step"] >= 18
     assert os.listdir(folder) == ["translate_pairs.tsv.pt"]     # no checkpoint
     whole = (trained[0] / "translate_pairs.tsv.pt").read_bytes()
@@ -1550,21 +1750,25 @@ def test_a_killed_training_is_resumed_bit_for_bit(killed, trained, pairs_file, t
 
 def test_two_processes_have_the_gradients_of_one(pairs_file, monkeypatch):
     options = [*TINY, "--dropout", 0, "--steps", 1, "--data", pairs_file]
-    one, _ = run("translate.py", *options)
-    group = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": str(20_000 + os.getpid() % 10_000), "RANK": "1"}
-    for name, value in group.items():
-        monkeypatch.setenv(name, value)
-    other = start(*options)
-    try:
-        monkeypatch.setenv("RANK", "0")
-        two, _ = run("translate.py", *options)
-        errors = other.communicate(timeout=60)[1]
-        assert other.returncode == 0, errors
-    finally:
-        other.kill()
-    # before clipping, which hides a wrong factor
-    assert two["grad_norm"].item() == pytest.approx(one["grad_norm"].item(), rel=1e-4)
+    with pytest.MonkeyPatch.context() as patch:
+        norms = []      # before clipping, which hides a wrong factor
+        clip = nn.utils.clip_grad_norm_
+        patch.setattr("torch.nn.utils.clip_grad_norm_",
+                      lambda *args: norms.append(clip(*args).item()))
+        one, _ = run("translate.py", *options)
+        group = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(20_000 + os.getpid() % 10_000), "RANK": "1"}
+        for name, value in group.items():
+            monkeypatch.setenv(name, value)
+        other = start(*options, "--out_dir", "other")
+        try:
+            monkeypatch.setenv("RANK", "0")
+            two, _ = run("translate.py", *options, "--out_dir", "two")
+            errors = other.communicate(timeout=60)[1]
+            assert other.returncode == 0, errors
+        finally:
+            other.kill()
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     for ours, expected in zip(two["net"].parameters(), one["net"].parameters()):
         assert_close(ours.grad, expected.grad)
 
@@ -1581,10 +1785,10 @@ def stdin_of(content):
 
 
 def test_lines_of_standard_input_are_translated_in_order(monkeypatch):
-    content = "\ufeffDas Schaf jagt die alte Maus.\r\n\r\nDen  Vogel weckt der Fuchs.".encode()
+    content = "\ufeffDas Pferd jagt die alte Maus.\r\n\r\nDen  Vogel weckt der Hund.".encode()
     monkeypatch.setattr("sys.stdin", stdin_of(content))
     _, output = run("translate.py", "--data", "toy", "--text", "-")
-    assert output == "The sheep chases the old mouse.\n\nThe fox wakes the bird.\n"
+    assert output == "The horse chases the old mouse.\n\nThe dog wakes the bird.\n"
 
 
 def test_standard_input_that_is_not_utf8_is_refused(monkeypatch):
@@ -1593,18 +1797,18 @@ def test_standard_input_that_is_not_utf8_is_refused(monkeypatch):
         list(translate.read_stdin())
 
 
-def test_at_a_terminal_every_line_is_answered_at_once(monkeypatch, capsys):
+def test_at_a_terminal_every_line_is_answered_at_once(toy_model, monkeypatch, capsys):
     n_answers = []
 
     def typed_lines():
         for _ in range(3):
             n_answers.append(capsys.readouterr().out.count("\n"))
-            yield b"Den Vogel weckt der Fuchs.\n"
+            yield b"Den Vogel weckt der Hund.\n"
 
     terminal = argparse.Namespace(isatty=lambda: True, buffer=typed_lines())
     monkeypatch.setattr("sys.stdin", terminal)
-    translate.translate_texts(argparse.Namespace(
-        data="toy", out_dir="", device="cpu", text=["-"], beam=1, plot=False))
+    args = argparse.Namespace(out_dir="", text=["-"], beam=1, plot=False)
+    assert translate.translate_texts(*toy_model, "toy", args)
     assert n_answers == [0, 1, 1]
 
 
@@ -1613,52 +1817,19 @@ def test_a_line_is_drawn(tmp_path):
     assert (tmp_path / "translate_toy.png").exists()
 
 
-@pytest.mark.parametrize("data", ["toy", "tatoeba", "multi30k"])
+@pytest.mark.parametrize("data", ["toy", "tatoeba"])
 def test_the_shipped_weights_have_at_most_8_mb(data):
     assert os.path.getsize(os.path.join(HERE, "assets", f"translate_{data}.pt")) <= 8_000_000
 
 
 def test_more_texts_than_a_batch_holds_are_all_translated(toy_model):
-    texts = ["Den Vogel weckt der Fuchs."] * 66
-    assert translate.translate(*toy_model, texts, beam=1) == ["The fox wakes the bird."] * 66
+    texts = ["Den Vogel weckt der Hund."] * 66
+    assert translate.translate(*toy_model, texts, beam=1) == ["The dog wakes the bird."] * 66
 
 
 def test_every_text_gets_its_own_heatmap():
     run("translate.py", "--data", "toy", "--plot", "--text", "Der Hund jagt mich.", "Hunde!")
     assert set(os.listdir("out")) == {"translate_toy_1.png", "translate_toy_2.png"}
-
-
-def test_a_row_of_the_heatmap_is_named_after_the_token_that_it_produces(toy_model, monkeypatch):
-    drawn = []
-    monkeypatch.setattr("translate.plot_attention", lambda *args, **_: drawn.extend(args))
-    translate.plot_cross_attention(*toy_model, "Den Hund jagt die Katze.", 1, "")
-    assert drawn[1] == ["den", "_hund", "_jagt", "_die", "_katze", ".", "<eos>"]
-    assert drawn[2] == ["The", "_cat", "_chases", "_the", "_dog", ".", "<eos>"]
-
-
-def test_the_best_head_is_chosen_on_the_validation_part_and_scored_on_the_test_part(
-        monkeypatch):
-    accuracies = {"val": [[[0.1, 0.9]], [[0, 0]]], "test": [[[0.8, 0.7]], [[0, 0]]]}
-    half = torch.tensor(0.5)
-
-    def alignment_accuracy(model, tokenizer, part):
-        return torch.tensor(accuracies[part]), half, half
-
-    monkeypatch.setattr("translate.toy_lines", lambda part, _: part)
-    monkeypatch.setattr("translate.gradient_accuracy", lambda *_: half)
-    monkeypatch.setattr("translate.alignment_accuracy", alignment_accuracy)
-    assert translate.test_alignment(None, None, "out")[0] == pytest.approx(0.7)
-
-
-def test_captions_come_out_right():
-    _, output = run("translate.py", "--data", "multi30k", "--text",
-                    "Zwei Männer spielen Fußball.", "Ein Hund läuft durch den Schnee.")
-    assert re.fullmatch(r"Two men .*play.* soccer\.\nA dog .*run.* through the snow\.\n", output)
-
-
-def test_four_ways_of_typing_are_the_same_to_the_model():
-    ways = ["Übergrößenträger", "übergrößenträger", "ÜBERGRÖSSENTRÄGER", "Uebergroessentraeger"]
-    assert {translate.fold(text) for text in ways} == {"uebergroessentraeger"}
 
 
 EVERYDAY = {
@@ -2117,10 +2288,10 @@ NO_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
     ("counting.py", "--batch_size 0", "argument --batch_size: invalid int from 1 to inf"),
     ("translate.py", "--line 209774", "toy has lines 1 to 209773"),
     ("translate.py", "--n_heads 3", "--n_heads 3 does not divide --d_model 64"),
-    ("translate.py", "--plot", "--plot needs --line or --text"),
+    ("translate.py", "--plot", "--load and --plot need --test, --line or --text"),
     ("translate.py", "--resume", "nothing to resume"),
     ("translate.py", "--data missing.tsv", "cannot read missing.tsv"),
-    ("translate.py", "--data missing.tsv --test", "no weights for missing.tsv"),
+    ("translate.py", "--data missing.tsv --test", "no shipped weights for missing.tsv: use --load"),
     ("saliency.py", "--image photo.jpg", "--image needs --weights"),
     ("saliency.py", "--load missing.pt", "cannot load missing.pt: --load needs a file"),
     ("saliency.py", "--weights missing.pt --image missing.jpg", "cannot read missing.jpg"),
@@ -2159,7 +2330,7 @@ NO_WEIGHTS = {
 
 @pytest.mark.parametrize("content", NO_WEIGHTS.values(), ids=NO_WEIGHTS)
 @pytest.mark.parametrize("load", [
-    lambda path: translate.load_model("toy", path.parent, "cpu"),
+    lambda path: translate.load_model(str(path), "cpu"),
     lambda path: saliency.load_weights(saliency.small_resnet(4), path, "--load needs ...")])
 def test_a_file_without_weights_is_named_in_one_sentence_and_neither_changed_nor_executed(
         load, content, tmp_path):
