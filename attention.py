@@ -72,8 +72,8 @@ def attention_loops(queries, keys, values):
 # Why divide by sqrt(d_k)? The dot product of two random vectors is a sum of d_k products. If the
 # numbers in them are independent with mean 0 and variance 1, each product has variance 1, so the
 # sum has variance d_k. Dividing by sqrt(d_k) brings the variance back to 1. Without the division,
-# wide vectors have large scores, and softmax saturates, it gives most of the weight to one key:
-# with 12 random keys of width 64, the largest weight is 0.86 on average (with the division 0.29).
+# wide vectors have large scores, and softmax saturates: it gives most of the weight to one key.
+# With 12 random keys of width 64, the largest weight is 0.86 on average (with the division 0.29).
 # If one key has most of the weight, a small change in the scores hardly changes the weights, so
 # little gradient passes through them.
 #
@@ -88,16 +88,16 @@ def attention_loops(queries, keys, values):
 # predicts the next token must not attend to later tokens, because they contain the answer (a causal
 # mask).
 #
-# A sigmoid can replace softmax. Under softmax the keys compete: one weight can increase only if
-# others decrease. A sigmoid turns each score into a weight between 0 and 1 on its own, so they do
-# not have to sum to 1. counting.py shows when this helps.
+# A sigmoid, 1 / (1 + exp(-score)), can replace softmax. Under softmax the keys compete: one weight
+# can increase only if others decrease. A sigmoid turns each score into a weight between 0 and 1 on
+# its own, so they do not have to sum to 1. counting.py shows when this helps.
 def attention(q, k, v, mask=None, activation="softmax"):
     """Scaled dot-product attention. Returns output (..., T_q, d_v) and weights (..., T_q, T_k).
 
-    q is (..., T_q, d_k), k (..., T_k, d_k), v (..., T_k, d_v); leading dimensions broadcast.
-    `mask` is boolean, broadcasts to (..., T_q, T_k), and True means that the query *may* attend to
-    the key, as in `F.scaled_dot_product_attention`. (`nn.MultiheadAttention` does the opposite.)
-    A query that may attend to nothing gets zeros.
+    q is (..., T_q, d_k), k (..., T_k, d_k), v (..., T_k, d_v). "..." stands for any dimensions,
+    such as batch and heads; they broadcast. `mask` is boolean, broadcasts to (..., T_q, T_k), and
+    True means that the query *may* attend to the key, as in `F.scaled_dot_product_attention`.
+    (`nn.MultiheadAttention` does the opposite.) A query that may attend to nothing gets zeros.
 
     `F.scaled_dot_product_attention` computes the same output without storing all weights. For 4
     heads and 4,096 tokens these take 4 x 4,096 x 4,096 x 4 bytes = 256 MiB. But it cannot return
@@ -131,8 +131,10 @@ def attention(q, k, v, mask=None, activation="softmax"):
 #
 # Each query is one of the keys, rotated by an unknown rotation, plus noise, so the largest dot
 # product is rarely that of the right key. Two linear maps learn to undo the rotation. Every batch
-# has new random keys, so the maps have to learn how to compare. The values are one-hot vectors, so
-# the output is equal to the weights: a probability for each key.
+# has new random keys, so the maps have to learn how to compare. (Only their product matters,
+# because a score is query @ W_q.T @ W_k @ key.T. It has to become a multiple of the inverse
+# rotation, and a large multiple makes the weights sharp.) The values are one-hot vectors, so the
+# output is equal to the weights: a probability for each key.
 class DifferentiableDictionary(nn.Module):
     """Attention with learned maps of query (..., T_q, d_model) and key (..., T_k, d_model)."""
 
@@ -338,7 +340,8 @@ if __name__ == "__main__":
         # get a batch
         query, key, target = make_lookups(64, n_keys, rotation, noise)
 
-        # forward. Adding 1e-9 keeps the log finite.
+        # forward. nll_loss is the mean of minus the log probability of each target. Adding 1e-9
+        # keeps the log finite.
         output, _ = model(query, key, value)                               # (B, n_keys, n_keys)
         log_probability = (output + 1e-9).log()
         loss = F.nll_loss(log_probability.flatten(0, 1), target.flatten())

@@ -46,7 +46,8 @@ from attention import attention, make_folder, number, parse_args
 # questions are always the same: how many 0s, how many 1s, ...? After attention, the query is added
 # to the output and LayerNorm follows, as in a Transformer block. The queries start with small
 # numbers, so all scores are near 0, and no query strongly prefers a digit. (With 1.0 instead of
-# 0.3, softmax settles on wrong digits, see the exercise in README.md.)
+# 0.3, softmax settles on wrong digits, because a softmax with one weight near 1 hardly changes any
+# more. See the exercise in README.md.)
 class CountingModel(nn.Module):
     """One-hot digits (B, T, V) -> logits of the counts (B, V, L+1) and the weights (B, V, T).
 
@@ -196,9 +197,8 @@ def train(args, activation, all_lengths=True, verbose=False):
 # Different points are enough for a linear layer, because among vectors of equal length, each has
 # its largest dot product with itself. So let all rows of `out` be equally long, each pointing at
 # the vector of one count. Then the row of the true count has the largest logit. (LayerNorm's scale
-# and bias do not matter here, because `out` can undo them. All queries share `out`: if the points
-# of the three queries lie in orthogonal planes, each row can be the sum of the three vectors of its
-# count. This is one solution, not necessarily the one that training finds.)
+# and bias do not matter here, because `out` can undo them. The three queries share `out`. That one
+# `out` can serve all of them is what training shows.)
 @torch.no_grad()
 def angles(model, other, length):
     """How many degrees the normalized vector of the query for 0 turns as the count of 0s grows.
@@ -274,9 +274,10 @@ def show_counts(models, digits, vocab_size, path):
 # which is right for most sequences of lengths 5 and 6, with seed 1 nearly always 1 for a digit that
 # occurs.
 #
-# Trained at length 10 only, softmax can count by fractions, because 0.3 always means 3. Even that
-# needs LayerNorm (see the appendix). It is often right at length 9, too: 4/9 is nearer to 4/10 than
-# to 5/10 and is still read as 4, but 7/9 is nearer to 8/10 and is read as 8.
+# Trained at length 10 only, softmax can count by fractions, because 0.3 always means 3. For that a
+# query must give the other digits some weight, too, because value(d) alone is the same for every
+# count. Even that needs LayerNorm (see the appendix). It is often right at length 9, too: 4/9 is
+# nearer to 4/10 than to 5/10 and is still read as 4, but 7/9 is nearer to 8/10 and is read as 8.
 #
 # Why attend at all, and not just add up the values? If all keys are 0 and stay 0, every sigmoid is
 # 1/2, and all queries get the same sum. It contains all counts, and only the query that is added

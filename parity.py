@@ -65,9 +65,10 @@ class SelfAttention(nn.Module):
 class MultiHeadSelfAttention(nn.Module):
     """Several heads, mixed by a linear map, (B, T, d_model) -> (B, T, d_model).
 
-    One head gives each token one weighted mean. With several heads a token can look at several
-    things at once: one head may attend to the ones, another to the zeros. Here each head returns
-    d_model features, in the paper d_model / n_heads.
+    One head gives each token one weighted mean, and a mean of two values does not say which value
+    came from where. With several heads a token can look at several things at once: one head may
+    attend to the ones, another to the zeros. Here each head returns d_model features, in the paper
+    d_model / n_heads.
     """
 
     def __init__(self, d_model, d_key, n_heads):
@@ -92,9 +93,9 @@ class MultiHeadSelfAttention(nn.Module):
 # The paper normalizes the sum, LayerNorm(x + f(x)), as translate.py does (post-norm). Here only the
 # input of f is normalized, x + f(LayerNorm(x)) (pre-norm). Each script follows its exercise sheet
 # (see README). With post-norm, the gradient passes through every LayerNorm on its way to the first
-# layer. At the start it is large near the output, so training needs a warm-up: small steps at
-# first. With pre-norm there is a way through the sums alone, and a warm-up is not necessary (Xiong
-# et al. 2020, https://arxiv.org/abs/2002.04745).
+# layer. At the start it is large near the output, so large steps can throw the model off, and
+# training needs a warm-up: small steps at first. With pre-norm there is a way through the sums
+# alone, and a warm-up is not necessary (Xiong et al. 2020, https://arxiv.org/abs/2002.04745).
 class TransformerBlock(nn.Module):
     """Attention, then an MLP, each added to its input, (B, T, d_model) -> (B, T, d_model).
 
@@ -179,25 +180,28 @@ def one_string_per_count(seq_len, device="cpu"):
 # of the bits, and every power of a bit is the bit itself. So such a polynomial is a sum of products
 # of fewer than T bits. Each product leaves out a bit, and flipping that bit flips the parity but
 # not the product, so the strings cancel in pairs.) The loss of a string is ln(1 + exp(-f *
-# parity)). For small f its mean over all strings is about
+# parity)). For small f this is about ln 2 - f * parity / 2 + f^2 / 8 (the Taylor series, with
+# parity^2 = 1), and its mean over all strings
 #
 #     ln 2 - (mean of f * parity) / 2 + (mean of f^2) / 8
 #
 # Without correlation the middle term is 0, so the best f is 0, the coin flip. (The accuracy can be
-# 0.62 all the same, because the sign of f is no polynomial. A single change of sign in the middle
-# is enough for that.)
+# 0.62 all the same, because it depends only on the sign of f, which is no polynomial: "odd" up to 5
+# ones and "even" above is right for 638 strings.)
 #
 # So the plateau lasts as long as the middle term is negligible. We call the mean of f * parity the
 # parity component of f; the figure shows its size. In the default run it stays below 0.00002 for
-# eighty steps. Meanwhile f fits chance differences between the 800 training strings and all
-# strings: the loss falls to 0.6919, a little below ln 2 = 0.6931. This makes f more and more
-# curved, until it is no longer close to a polynomial of low degree, and its component along parity
-# is large enough to matter. Then gradient descent increases it, because that lowers the loss: from
-# 0.00002 to 0.005 within ten steps (step 90), then more slowly to 0.02 at step 95, 0.06 at 105,
-# 0.20 at 120 and 0.71 at 145. This reinforces itself: f is proportional to the weights and bias of
-# the last layer, so if they grow by 1%, the component does, too, and the larger it is, the more the
-# loss falls. (Without chance differences the plateau ends, too, but later: see README, exercise 3.
-# The component is never exactly 0, so the loss has a small gradient along it from the start.)
+# eighty steps. Meanwhile f fits chance differences: some numbers of ones are more frequent among
+# the 800 training strings than among all strings, others less, so there parity is a little
+# correlated with smooth f, too. The loss falls to 0.6919, a little below ln 2 = 0.6931. This makes
+# f more and more curved, until it is no longer close to a polynomial of low degree, and its
+# component along parity is large enough to matter. Then gradient descent increases it, because that
+# lowers the loss: from 0.00002 to 0.005 within ten steps (step 90), then more slowly to 0.02 at
+# step 95, 0.06 at 105, 0.20 at 120 and 0.71 at 145. This reinforces itself: f is proportional to
+# the weights and bias of the last layer, so if they grow by 1%, the component does, too, and the
+# larger it is, the more the loss falls. (Without chance differences the plateau ends, too, but
+# later: see README, exercise 2. The component is never exactly 0, so the loss has a small gradient
+# along it from the start.)
 #
 # The spikes of the loss afterwards come from steps that are too large. By then f goes up and down
 # by 10 to 20 between neighboring numbers of ones, so small changes of the weights change it a lot.
@@ -271,11 +275,13 @@ def plot_curve(losses, accuracies, components, path):
 #         3            32               9            1,023    the best found
 #         4            46              10            1,024
 #
-# The second row is a theorem, proved in assets/proof_20.md: at most 0.945 of all strings are right.
-# At width 1, LayerNorm subtracts a number from itself, so all strings look alike. A network of
-# width n without a block has n^2 + 7n + 2 parameters: 2n in the embedding, 2n in LayerNorm, n^2 + n
-# and 2n + 2 in the two layers of the classifier. One block of width 2 alone adds 38. So all other
-# networks have at least 32 parameters, and 32 is the smallest number that passes 0.95.
+# The second row is a theorem: two SiLUs and a constant change sign at most five times (proved in
+# assets/proof_20.md), so at most 968 of the 1,024 strings are right. The third row is only the best
+# found: whether 32 parameters can get all strings right is open. At width 1, LayerNorm subtracts a
+# number from itself, so all strings look alike. A network of width n without a block has n^2 + 7n +
+# 2 parameters: 2n in the embedding, 2n in LayerNorm, n^2 + n and 2n + 2 in the two layers of the
+# classifier. One block of width 2 alone adds 38. So all other networks have at least 32 parameters,
+# and 32 is the smallest number that passes 0.95.
 #
 # The search below finds these networks. NETWORKS has their widths and the numbers of ones that they
 # may get wrong. With 5 of 10 sign changes, at least three numbers are wrong: giving up a number

@@ -56,8 +56,8 @@ def calculate_jacobian(model, x, target):
 
     `target` (B,) holds the right classes. The model must be in eval mode.
     """
-    # In training mode BatchNorm computes mean and variance from the batch, so images would
-    # influence each other. In eval mode it uses averages collected during training.
+    # In training mode BatchNorm (see `BasicBlock`) computes mean and variance from the batch, so
+    # images would influence each other. In eval mode it uses averages collected during training.
     assert not model.training, "call model.eval() first"
     x = x.detach().requires_grad_()
     logits = model(x)
@@ -293,13 +293,12 @@ def make_images(n, upright=False):
 #   in the slot of the screw). Saliency shows where a *change* matters, and there it is larger than
 #   on the shape: painting the slot of the screw would make it a disc.
 # - Untrained network. It has learned nothing, yet its maps point at the image's own shape more
-#   often than at another's. Where an image is flat, the same ReLUs are active everywhere, and the
-#   map repeats one pattern every four pixels (two blocks with stride 2). At an edge other ReLUs are
-#   active, so the pattern changes, and the shape has the sharpest edges. The gradient is no larger
-#   there on average (1.02 times, measured with twelve networks), but it varies 1.4 times as much
-#   from pixel to pixel, so its largest value is often there. A map that shows the object therefore
-#   does not prove that the network has learned anything (Adebayo et al. 2018, "Sanity Checks for
-#   Saliency Maps", https://arxiv.org/abs/1810.03292).
+#   often than at another's. At an edge other ReLUs are active on either side, so there the gradient
+#   varies most from pixel to pixel, and the shape has the sharpest edges. (It is no larger there on
+#   average: 1.02 times, measured with twelve networks. But it varies 1.4 times as much, so its
+#   largest value is often there.) A map that shows the object therefore does not prove that the
+#   network has learned anything (Adebayo et al. 2018, "Sanity Checks for Saliency Maps",
+#   https://arxiv.org/abs/1810.03292).
 # - Edge detector. It cannot tell the classes apart, and yet it is always within two pixels. So
 #   pointing measures whether a map finds the object, and not whether it explains the decision.
 @torch.no_grad()
@@ -367,9 +366,9 @@ def measure_pointing(gradient, gradient_untrained, images, masks):
 #   with respect to the target's logit is p(target) - 1, and those for the other logits add up to
 #   1 - p(target). For most images the network is so sure that the change is tiny.
 # - At eps = 16/255 random signs fool more images than the scaled Jacobian, because they change each
-#   value by eps, and it changes only one that much. To first order the opposite signs would
-#   decrease the loss, but they usually increase it, too. So for such strong noise the loss is far
-#   from linear.
+#   value by eps, and it changes only one that much. If some random signs increase the loss, to
+#   first order the opposite of each decreases it. In fact that usually increases it, too. So for
+#   such strong noise the loss is far from linear.
 EPS = [2, 4, 8, 16]  # in units of 1/255
 
 
