@@ -62,8 +62,8 @@ def attention_loops(queries, keys, values):
 # --------------------------------------------------------------------------------------------------
 # Attention with matrices
 #
-# Write the queries as the rows of a matrix q, and likewise the keys k and the values v. Then the
-# loops become three lines of mathematics:
+# Stack the queries as the rows of a matrix q, and likewise the keys k and the values v. Then the
+# loops become three lines of math:
 #
 #     scores = q @ k.T / sqrt(d_k)         every query times every key
 #     weights = softmax(scores)            each row becomes positive and sums to 1
@@ -75,7 +75,7 @@ def attention_loops(queries, keys, values):
 # wide vectors have large scores, and softmax saturates: it gives most of the weight to one key.
 # With 12 random keys of width 64, the largest weight is 0.86 on average (with the division 0.29).
 # If one key has most of the weight, a small change in the scores hardly changes the weights, so
-# little gradient passes through them.
+# almost no gradient gets through.
 #
 # Where do q, k and v come from? From learned linear maps. In self-attention, all three are maps of
 # the same sequence x: each token (for example, a word) gets a query (what it looks for), a key
@@ -106,12 +106,12 @@ def attention(q, k, v, mask=None, activation="softmax"):
     assert activation in ("softmax", "sigmoid"), activation
     assert mask is None or mask.dtype == torch.bool, "mask must be boolean, True = may attend"
 
-    # Divide q and not the product, which could overflow in half precision.
+    # Divide q rather than the scores: before the division they could overflow in half precision.
     q = q / math.sqrt(q.size(-1))
     scores = q @ k.transpose(-2, -1)                                       # (..., T_q, T_k)
     if mask is not None:
-        # The lowest number and not -inf: softmax subtracts the largest score of the row, so that
-        # exp cannot overflow, and where everything is masked, -inf - (-inf) would be NaN.
+        # The lowest finite number and not -inf: softmax subtracts the largest score of each row, so
+        # that exp cannot overflow, and in a fully masked row -inf - (-inf) would be NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
 
     if activation == "softmax":
@@ -119,7 +119,7 @@ def attention(q, k, v, mask=None, activation="softmax"):
     else:
         weights = scores.sigmoid()
     if mask is not None:
-        # Where everything is masked, softmax gives all keys the same weight. Make it 0.
+        # In a fully masked row softmax gives every key the same weight. Set it to 0.
         weights = weights.masked_fill(~mask, 0.0)
 
     output = weights @ v                                                   # (..., T_q, d_v)
@@ -129,12 +129,12 @@ def attention(q, k, v, mask=None, activation="softmax"):
 # --------------------------------------------------------------------------------------------------
 # A dictionary that learns how to compare
 #
-# Each query is one of the keys, rotated by an unknown rotation, plus noise, so the largest dot
-# product is rarely that of the right key. Two linear maps learn to undo the rotation. Every batch
-# has new random keys, so the maps have to learn how to compare. (Only their product matters,
-# because a score is query @ W_q.T @ W_k @ key.T. It has to become a multiple of the inverse
-# rotation, and a large multiple makes the weights sharp.) The values are one-hot vectors, so the
-# output is equal to the weights: a probability for each key.
+# Each query is one of the keys, rotated by an unknown rotation, plus noise, so the right key rarely
+# has the largest dot product. Two linear maps learn to undo the rotation. Every batch has new
+# random keys, so the maps have to learn how to compare. (Only their product matters, because a
+# score is query @ W_q.T @ W_k @ key.T. It has to become a multiple of the inverse rotation, and a
+# large multiple makes the weights sharp.) The values are one-hot vectors, so the output is equal to
+# the weights: a probability for each key.
 class DifferentiableDictionary(nn.Module):
     """Attention with learned maps of query (..., T_q, d_model) and key (..., T_k, d_model)."""
 
@@ -148,7 +148,7 @@ class DifferentiableDictionary(nn.Module):
 
 
 def make_lookups(batch_size, n_keys, rotation, noise):
-    """Random queries and keys, both (B, n_keys, d_model), and each query's key, (B, n_keys)."""
+    """Random queries and keys, (B, n_keys, d_model), and the index of each query's key."""
     d_model = len(rotation)
     key = torch.randn(batch_size, n_keys, d_model, device=rotation.device)
     # sorting random numbers gives a random order
@@ -160,25 +160,21 @@ def make_lookups(batch_size, n_keys, rotation, noise):
 
 
 # --------------------------------------------------------------------------------------------------
-# Shared with the other scripts, together with `attention` (skip it on a first reading)
+# Shared with the other scripts, together with `attention` (can be skipped)
 def plot_attention(weights, x_labels, y_labels, path, titles=None, x_name="key", y_name="query",
                    marks=None):
-    """Save heatmaps of attention weights (T_q, T_k) or (n_panels, T_q, T_k) on one color scale.
+    """Save a heatmap for each of the weights (n_panels, T_q, T_k), all on one color scale.
 
-    `x_labels` are the keys. `y_labels` are the queries, one list or a list for each panel. Cells
-    where `marks`, a boolean tensor like `weights`, is True get a dot.
+    `x_labels` are the keys, `y_labels` the queries. Every heatmap gets dots where `marks`, a
+    boolean tensor (T_q, T_k), is True.
     """
-    T_q, T_k = weights.shape[-2:]
-    panels = weights.detach().float().cpu().reshape(-1, T_q, T_k)          # (n_panels, T_q, T_k)
-    n_panels = len(panels)
-    if not isinstance(y_labels[0], list):
-        y_labels = [y_labels] * n_panels
+    n_panels, T_q, T_k = weights.shape
     if titles is None:
         titles = [f"head {h + 1}" for h in range(n_panels)]
 
     # in inches: a cell is 0.25 wide and high, a character of a label about 0.07
     longest_x = max(len(str(label)) for label in x_labels)
-    longest_y = max(len(str(label)) for labels in y_labels for label in labels)
+    longest_y = max(len(str(label)) for label in y_labels)
     width = 0.25 * max(T_k, 5) + 0.07 * longest_y + 0.6
     height = 0.25 * T_q + 0.07 * longest_x + 0.7
     columns = min(2, n_panels)
@@ -188,22 +184,19 @@ def plot_attention(weights, x_labels, y_labels, path, titles=None, x_name="key",
     for axis in axes.flat[n_panels:]:
         axis.set_axis_off()
 
-    largest = panels.max().item()
+    largest = weights.max().item()
     rotation = 90 if longest_x > 2 else 0
-    for i in range(n_panels):
-        axis = axes.flat[i]
-        image = axis.imshow(panels[i].tolist(), vmin=0.0, vmax=largest)
-        axis.set_title(titles[i], fontsize=9)
+    for axis, title, panel in zip(axes.flat, titles, weights.tolist()):
+        image = axis.imshow(panel, vmin=0.0, vmax=largest)
+        axis.set_title(title, fontsize=9)
         axis.set_xlabel(x_name, fontsize=9)
         axis.set_ylabel(y_name, fontsize=9)
         # parse_math=False: do not typeset $...$ in labels as math
         axis.set_xticks(range(T_k), x_labels, rotation=rotation, fontsize=8, parse_math=False)
-        axis.set_yticks(range(T_q), y_labels[i], fontsize=8, parse_math=False)
+        axis.set_yticks(range(T_q), y_labels, fontsize=8, parse_math=False)
         if marks is not None:
-            cells = marks.reshape(n_panels, T_q, T_k)[i].nonzero()         # (n, 2): query, key
-            x = cells[:, 1].tolist()
-            y = cells[:, 0].tolist()
-            axis.scatter(x, y, s=12, color="white", edgecolors="black")
+            queries, keys = marks.nonzero(as_tuple=True)
+            axis.scatter(keys.tolist(), queries.tolist(), s=12, color="white", edgecolors="black")
     figure.colorbar(image, ax=axes, label="attention weight")
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -224,16 +217,15 @@ def parse_args(parser):
                         help="random seed (default: 0)")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"],
                         default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="where to compute (default: cuda if available)")
+                        help="device to run on (default: cuda if available)")
     parser.add_argument("--out_dir", default="out",
-                        help="folder for what the script writes (default: out)")
+                        help="folder for output files (default: out)")
     args = parser.parse_args()
 
-    # Print every line at once, also into a file. Escape characters that the console cannot print
-    # instead of crashing.
+    # Flush after every line, even into a file. Escape characters that the console cannot print.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-    # Ctrl-C, and a pipe that closes (| head), end the program without a traceback.
+    # On Ctrl-C or a closed pipe (| head), exit without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(signal, "SIGPIPE"):                                         # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -255,7 +247,7 @@ def number(kind, least, most=math.inf):
 
 
 def make_folder(path):
-    """Create a folder unless it exists. If we cannot write to it, end the program."""
+    """Create a folder if needed. Exit if it is not writable."""
     try:
         os.makedirs(path, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -264,22 +256,24 @@ def make_folder(path):
         sys.exit(f"cannot write to {path}: {error}")
 
 
-def download(url, path, sha256):
-    """Download `url` to `path` unless it is there, and check the file's SHA-256 in either case."""
+def download(url, folder, sha256):
+    """Download `url` into `folder` unless it is there, check its SHA-256, and return its path."""
+    path = os.path.join(folder, os.path.basename(url))
     if os.path.exists(path):
         with open(path, "rb") as file:
             content = file.read()
         if hashlib.sha256(content).hexdigest() != sha256:
             sys.exit(f"{path} is not the file from {url} (its SHA-256 differs): delete it, and the "
                      "next run downloads it again")
-        return
-    make_folder(os.path.dirname(path))
+        return path
+    make_folder(folder)
     print(f"downloading {url}")
-    socket.setdefaulttimeout(30)        # seconds without an answer
+    socket.setdefaulttimeout(30)        # seconds without a response
     try:
         torch.hub.download_url_to_file(url, path, hash_prefix=sha256, progress=False)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         sys.exit(f"cannot download {url} ({error}): try again, or save the file as {path} yourself")
+    return path
 
 
 if __name__ == "__main__":
@@ -318,7 +312,7 @@ if __name__ == "__main__":
     print(weights)
     print()
 
-    # data: an unknown rotation, perhaps mirrored (QR makes one from random numbers), one-hot values
+    # data: an unknown rotation or reflection (QR makes one from random numbers), one-hot values
     d_model = 32        # width of queries and keys
     n_keys = 12         # entries in each dictionary
     noise = 0.1         # standard deviation of the noise
@@ -330,7 +324,7 @@ if __name__ == "__main__":
     model = DifferentiableDictionary(d_model).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 
-    # 1,000 dictionaries to test with, and the weights in the first of them before training
+    # 1,000 test dictionaries, and the attention weights in the first one before training
     test_query, test_key, test_target = make_lookups(1000, n_keys, rotation, noise)
     with torch.no_grad():
         _, weights_before = model(test_query[:1], test_key[:1], value)     # (1, n_keys, n_keys)
@@ -340,8 +334,8 @@ if __name__ == "__main__":
         # get a batch
         query, key, target = make_lookups(64, n_keys, rotation, noise)
 
-        # forward. nll_loss is the mean of minus the log probability of each target. Adding 1e-9
-        # keeps the log finite.
+        # forward. nll_loss is the mean negative log probability of the targets. Adding 1e-9 keeps
+        # the log finite.
         output, _ = model(query, key, value)                               # (B, n_keys, n_keys)
         log_probability = (output + 1e-9).log()
         loss = F.nll_loss(log_probability.flatten(0, 1), target.flatten())
@@ -351,8 +345,8 @@ if __name__ == "__main__":
         loss.backward()
         optimizer.step()
 
-        # log. The untrained maps give the right key no advantage, and the scores are small at
-        # first, so the loss starts near ln(n_keys).
+        # log. The untrained maps favor no key and the scores are small, so the loss starts near ln
+        # 12.
         if step == 0:
             print(f"step 0/{args.steps}: loss {loss:.4f}, "
                   f"uniform prediction ln {n_keys} = {math.log(n_keys):.4f}")

@@ -9,7 +9,7 @@ to nothing else, and with a single layer the attention weights show directly whe
 
 A sigmoid turns each score into a weight on its own, so the output is a sum with one term for every
 d. With softmax it would be a mean: the value of d alone, or if other digits get some weight, a
-vector that depends on the fraction of d. It never depends on the number.
+vector that depends on the fraction of d. It never depends on the count.
 
 $ python counting.py                                     # train, count, plot the attention weights
 $ python counting.py --sequence "1 0 2 1 0 1 1 0 1 2"    # train, then count this sequence
@@ -36,11 +36,11 @@ from attention import attention, make_folder, number, parse_args
 
 
 # --------------------------------------------------------------------------------------------------
-# The model
+# Model
 #
-# The input is B sequences of T digits, out of V different ones. L is the maximum length, and so the
-# maximum count. For each digit the model outputs L + 1 logits, one for each count 0 ... L, and the
-# largest logit is its answer.
+# The input is B sequences of T digits, drawn from V different digits. L is the maximum length, and
+# so the maximum count. For each digit the model outputs L + 1 logits, one for each count 0 ... L,
+# and the largest logit is its answer.
 #
 # Keys and values are linear maps of the one-hot digits. The queries are parameters, because the
 # questions are always the same: how many 0s, how many 1s, ...? After attention, the query is added
@@ -91,8 +91,8 @@ def make_sequences(n, length, vocab_size):
 
 
 def all_sequences(length, vocab_size):
-    """All V^T sequences (N, T), or 20,000 random ones if there are more than two million."""
-    if vocab_size ** length > 2_000_000:
+    """All V^T sequences (N, T), or 20,000 random ones if there are more than 100,000."""
+    if vocab_size ** length > 100_000:
         return torch.randint(vocab_size, (20_000, length))
     digits = [torch.arange(vocab_size)] * length
     return torch.cartesian_prod(*digits).view(-1, length)
@@ -101,14 +101,11 @@ def all_sequences(length, vocab_size):
 @torch.no_grad()
 def accuracy(model, digits, vocab_size):
     """The fraction of the sequences (N, T) with every count right."""
-    n_right = 0
-    for part in digits.to(model.query.device).split(10_000):
-        x = F.one_hot(part, vocab_size).float()                            # (B, T, V)
-        counts = x.sum(dim=1)                                              # (B, V)
-        logits, _ = model(x)
-        right = logits.argmax(dim=-1) == counts                            # (B, V)
-        n_right += right.all(dim=1).sum().item()
-    return n_right / len(digits)
+    x = F.one_hot(digits.to(model.query.device), vocab_size).float()       # (N, T, V)
+    counts = x.sum(dim=1)                                                  # (N, V)
+    logits, _ = model(x)
+    right = logits.argmax(dim=-1) == counts                                # (N, V)
+    return right.all(dim=1).sum().item() / len(digits)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,8 +113,8 @@ def accuracy(model, digits, vocab_size):
 def train(args, activation, all_lengths=True, verbose=False):
     """Train a model. `activation` is "sigmoid", "softmax" or "equal weights" (see `compare`).
 
-    The sequences of a batch are equally long, because they are one tensor. With probability 1/2
-    their length is L, which has the most combinations of counts, otherwise random from 1 to L.
+    The sequences of a batch have the same length, because they form one tensor. With probability
+    1/2 their length is L, which has the most combinations of counts, otherwise random from 1 to L.
     Without `all_lengths` it is always L. Then 3 zeros always come with 7 other digits, and the
     query for 0 can just as well attend to everything but 0s. Several lengths rule that out.
     """
@@ -133,11 +130,12 @@ def train(args, activation, all_lengths=True, verbose=False):
         nn.init.zeros_(model.key.bias)
         model.key.requires_grad_(False)
     model.to(args.device)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     # the learning rate rises from args.lr / 25 to args.lr and then falls to almost 0
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps,
                                                     cycle_momentum=False)
 
+    # training loop
     for step in range(args.steps):
         # get a batch
         length = L
@@ -162,7 +160,6 @@ def train(args, activation, all_lengths=True, verbose=False):
         # log. The random `out` prefers some counts, so the first loss is above or below ln(L + 1)
         # by chance.
         if verbose and step == 0:
-            print("training sequences:", *digits[:3].tolist(), sep="\n")
             print(f"step 0/{args.steps}: loss {loss:.4f}, "
                   f"uniform prediction ln {L + 1} = {math.log(L + 1):.4f}")
         elif verbose and step % 200 == 0:
@@ -181,12 +178,11 @@ def train(args, activation, all_lengths=True, verbose=False):
 #
 # The count. How does it get through LayerNorm and a single linear layer? If the query for 0 attends
 # to 0s alone, the vector before LayerNorm is
-#     query[0] + count * weight * value(0).
-# As the count grows, this vector moves along a straight line in equal steps. LayerNorm subtracts
-# from each vector the mean of its numbers, which keeps the line straight, and divides by their
-# standard deviation. Then the mean of the squares is 1, so all vectors are sqrt(hidden) long
-# (before LayerNorm's learned scale and bias). They are points on a sphere, at these angles to the
-# vector of count 0 (default run, the other digits are 1s):
+# query[0] + count * weight * value(0). As the count grows, this vector moves along a straight line
+# in equal steps. LayerNorm subtracts from each vector the mean of its numbers, which keeps the line
+# straight, and divides by their standard deviation. Then the mean of the squares is 1, so all
+# vectors have length sqrt(hidden) (before LayerNorm's learned scale and bias). They are points on a
+# sphere, at these angles to the vector of count 0 (default run, the other digits are 1s):
 #     count     0    1    2    3    4    5    6    7    8    9   10
 #     angle     0    7   20   42   75  102  119  128  134  138  140
 # The steps are no longer equal, but no two points coincide, because the query moves the line away
@@ -197,22 +193,19 @@ def train(args, activation, all_lengths=True, verbose=False):
 # Different points are enough for a linear layer, because among vectors of equal length, each has
 # its largest dot product with itself. So let all rows of `out` be equally long, each pointing at
 # the vector of one count. Then the row of the true count has the largest logit. (LayerNorm's scale
-# and bias do not matter here, because `out` can undo them. The three queries share `out`. That one
-# `out` can serve all of them is what training shows.)
+# and bias do not matter here, because `out` can undo them. The three queries share `out`. Training
+# shows that one `out` can serve all three.)
 @torch.no_grad()
 def angles(model, other, length):
     """How many degrees the normalized vector of the query for 0 turns as the count of 0s grows.
 
     Returns the angles (length+1,) for 0 to `length` zeros among `length` digits, the rest `other`.
     """
-    digits = torch.full((length + 1, length), other, device=model.query.device)
-    for count in range(length + 1):
-        digits[count, :count] = 0
-    x = F.one_hot(digits, model.key.in_features).float()                   # (length+1, length, V)
+    # row i: i zeros, then `other`
+    digits = other * torch.ones(length + 1, length, dtype=torch.long).triu()
+    x = F.one_hot(digits, model.key.in_features).float().to(model.query.device)
     query = model.query[:, :1]                                             # (1, 1, hidden)
-    key = model.key(x)                                               # (length+1, length, hidden)
-    value = model.value(x)
-    output, _ = attention(query, key, value, activation=model.activation)
+    output, _ = attention(query, model.key(x), model.value(x), activation=model.activation)
     vectors = (output + query).squeeze(1)                                  # (length+1, hidden)
     normalized = F.layer_norm(vectors, vectors.shape[-1:])
     cosines = F.cosine_similarity(normalized, normalized[:1])
@@ -243,7 +236,7 @@ def show_counts(models, digits, vocab_size, path):
         print(f"{title}: counts", *counts)
         image = axis.imshow(weights[0].tolist(), vmin=0)
         axis.scatter(range(T), digits, s=12, color="white", edgecolors="black")
-        figure.colorbar(image, ax=axis, label="weight")
+        figure.colorbar(image, ax=axis, label="attention weight")
         axis.set_title(title)
         axis.set_xlabel("sequence")
         axis.set_ylabel("digit: count")
@@ -270,9 +263,7 @@ def show_counts(models, digits, vocab_size, path):
 #
 # So it has one answer for each fraction of 0s. If half of the digits are 0s, 5 is right at length
 # 10, but 2 at length 4. Trained at all lengths, its queries attend mostly to the right digits, and
-# its answers are a compromise that differs from run to run: with seed 2 about 5 times the fraction,
-# which is right for most sequences of lengths 5 and 6, with seed 1 nearly always 1 for a digit that
-# occurs.
+# its answers are a compromise that differs from run to run.
 #
 # Trained at length 10 only, softmax can count by fractions, because 0.3 always means 3. For that a
 # query must give the other digits some weight, too, because value(d) alone is the same for every
@@ -294,8 +285,7 @@ def compare(args, digits, n_seeds=3):
     L = args.sequence_length
     rows = [("sigmoid", False), ("sigmoid", True), ("softmax", False), ("softmax", True),
             ("equal weights", True)]
-    print("fraction of the sequences with every count right, by their length; "
-          f"mean of {n_seeds} seeds")
+    print(f"fraction of sequences with every count right, by length (mean of {n_seeds} seeds)")
     header = " ".join(f"{length:5}" for length in range(1, L + 1))
     print(f"                trained at | {header} | all right at length {L}")
     models = {}
@@ -313,9 +303,8 @@ def compare(args, digits, n_seeds=3):
                 models[f"{activation}, trained at {trained_at}"] = model
         means = accuracies.mean(dim=0).tolist()
         row = " ".join(f"{mean:5.3f}" for mean in means)
-        exact = accuracies[:, -1] == 1
-        print(f"{activation:13} {trained_at:>12} | {row} | ", end="")
-        print(f"{exact.sum()} of {n_seeds} seeds")
+        n_exact = (accuracies[:, -1] == 1).sum()
+        print(f"{activation:13} {trained_at:>12} | {row} | {n_exact} of {n_seeds} seeds")
         if all_lengths:
             result[activation] = means[-1]
     path = os.path.join(args.out_dir, "counting_compare.png")
@@ -324,7 +313,7 @@ def compare(args, digits, n_seeds=3):
 
 
 # --------------------------------------------------------------------------------------------------
-# Appendix (skip it on a first reading): softmax needs LayerNorm, even at a single length
+# Appendix (can be skipped): softmax needs LayerNorm, even at a single length
 #
 # Claim: without it, softmax cannot even count sequences of equal digits. Proof: if all ten digits
 # are 0s, every weighted mean is value(0), whatever the weights are. If all are 1s, it is value(1).
@@ -362,7 +351,7 @@ if __name__ == "__main__":
                         help="training steps (default: 1500)")
     parser.add_argument("--batch_size", type=number(int, 1), default=256,
                         help="sequences in a batch (default: 256)")
-    parser.add_argument("--sequence", help="digits to count after training, without the tables")
+    parser.add_argument("--sequence", help="count these digits after training, and skip the tables")
     parser.add_argument("--compare", action="store_true",
                         help="train sigmoid, softmax and equal weights, three seeds each")
     args = parse_args(parser)
@@ -390,7 +379,7 @@ if __name__ == "__main__":
               f"seconds={seconds:.1f}")
         sys.exit()
 
-    # model and training loop, figure
+    # training, and the figure of the sequence
     model = train(args, args.activation, verbose=True)
     path = os.path.join(args.out_dir, f"counting_{args.activation}.png")
     show_counts({args.activation: model}, digits, V, path)

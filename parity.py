@@ -11,15 +11,16 @@ ninety steps (the plateau) before it falls.
 
 The model has no position embeddings (it is not told where a bit is), and its tokens interact only
 through means. So it sees only the fraction of ones, and the 1,024 strings of length 10 are just 11
-different inputs. Validation therefore proves little: nearly every validation string is a training
-string in another order.
+different inputs. Validation therefore proves little: nearly every validation string is a reordered
+training string.
 
 $ python parity.py                # 2 blocks, width 8, 2,426 parameters
 $ python parity.py --d_model 16
-$ python parity.py --sweep        # how small can it get? 32 parameters pass 0.95
+$ python parity.py --sweep        # how small can it get? 32 parameters get past 0.95
 
 Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762. The main
-differences: no positions, no dropout, LayerNorm in another place, SiLU instead of ReLU.
+differences: no positions, no dropout, LayerNorm before each layer instead of after it, SiLU instead
+of ReLU.
 """
 
 import argparse
@@ -83,19 +84,19 @@ class MultiHeadSelfAttention(nn.Module):
 
 # LayerNorm takes the vector of one token, subtracts the mean of its numbers and divides by their
 # standard deviation. For example, (1, 3, 5, 7) has mean 4 and standard deviation 2.24 and becomes
-# (-1.34, -0.45, 0.45, 1.34). So the next layer gets inputs of one scale, whatever the layers before
-# have done. (A learned weight and bias follow for each feature, 1 and 0 at the start.)
+# (-1.34, -0.45, 0.45, 1.34). So the next layer gets inputs on the same scale, whatever earlier
+# layers do. (A learned weight and bias follow for each feature, 1 and 0 at the start.)
 #
 # A residual connection is the "x +" in x + f(x): a layer adds to its input instead of replacing it.
-# So x is not lost in a layer that has learned nothing yet, and the gradient reaches all earlier
+# So a layer that has learned nothing yet does not destroy x, and the gradient reaches all earlier
 # layers through the sum, without passing through f.
 #
 # The paper normalizes the sum, LayerNorm(x + f(x)), as translate.py does (post-norm). Here only the
-# input of f is normalized, x + f(LayerNorm(x)) (pre-norm). Each script follows its exercise sheet
+# input of f is normalized, x + f(LayerNorm(x)) (pre-norm). Each script follows the exercise sheet
 # (see README). With post-norm, the gradient passes through every LayerNorm on its way to the first
 # layer. At the start it is large near the output, so large steps can throw the model off, and
-# training needs a warm-up: small steps at first. With pre-norm there is a way through the sums
-# alone, and a warm-up is not necessary (Xiong et al. 2020, https://arxiv.org/abs/2002.04745).
+# training needs a warm-up: small steps at first. With pre-norm there is a path through the sums
+# alone, and no warm-up is needed (Xiong et al. 2020, https://arxiv.org/abs/2002.04745).
 class TransformerBlock(nn.Module):
     """Attention, then an MLP, each added to its input, (B, T, d_model) -> (B, T, d_model).
 
@@ -131,7 +132,7 @@ class TransformerBlock(nn.Module):
 class TransformerClassifier(nn.Module):
     """Tokens (B, T) -> logits (B, n_classes): embedding, blocks, LayerNorm, mean, classifier.
 
-    A logit is a score without bounds; softmax over the logits gives the probability of each class.
+    A logit is an unbounded score; softmax over the logits gives the probability of each class.
     """
 
     def __init__(self, n_embeds, n_classes, d_model=256, d_key=64, n_heads=4, mlp_factor=4,
@@ -185,36 +186,36 @@ def one_string_per_count(seq_len, device="cpu"):
 #
 #     ln 2 - (mean of f * parity) / 2 + (mean of f^2) / 8
 #
-# Without correlation the middle term is 0, so the best f is 0, the coin flip. (The accuracy can be
-# 0.62 all the same, because it depends only on the sign of f, which is no polynomial: "odd" up to 5
+# Without correlation the middle term is 0, so the best f is 0, the coin flip. (The accuracy can
+# still be 0.62, because it depends only on the sign of f, which is not a polynomial: "odd" up to 5
 # ones and "even" above is right for 638 strings.)
 #
 # So the plateau lasts as long as the middle term is negligible. We call the mean of f * parity the
 # parity component of f; the figure shows its size. In the default run it stays below 0.00002 for
 # eighty steps. Meanwhile f fits chance differences: some numbers of ones are more frequent among
 # the 800 training strings than among all strings, others less, so there parity is a little
-# correlated with smooth f, too. The loss falls to 0.6919, a little below ln 2 = 0.6931. This makes
-# f more and more curved, until it is no longer close to a polynomial of low degree, and its
+# correlated with smooth functions. The loss falls to 0.6919, a little below ln 2 = 0.6931. This
+# makes f more and more curved, until it is no longer close to a polynomial of low degree, and its
 # component along parity is large enough to matter. Then gradient descent increases it, because that
 # lowers the loss: from 0.00002 to 0.005 within ten steps (step 90), then more slowly to 0.02 at
 # step 95, 0.06 at 105, 0.20 at 120 and 0.71 at 145. This reinforces itself: f is proportional to
-# the weights and bias of the last layer, so if they grow by 1%, the component does, too, and the
-# larger it is, the more the loss falls. (Without chance differences the plateau ends, too, but
+# the weights and bias of the last layer, so if they grow by 1%, so does the component, and the
+# larger it is, the more the loss falls. (Without chance differences the plateau also ends, but
 # later: see README, exercise 2. The component is never exactly 0, so the loss has a small gradient
 # along it from the start.)
 #
-# The spikes of the loss afterwards come from steps that are too large. By then f goes up and down
-# by 10 to 20 between neighboring numbers of ones, so small changes of the weights change it a lot.
-# Adam's steps do not shrink with the gradient, because it divides the gradient by its size. At step
-# 243, f(7) falls from 7.7 to -1.4, and all 120 strings with 7 ones are wrong. Their gradient is
-# large and brings f(7) back within two steps. (With a tenth of the learning rate from step 215 on,
-# this run has no more spikes.)
+# The loss spikes later because some steps are too large. By then f jumps by 10 to 20 between
+# neighboring numbers of ones, so small changes of the weights change it a lot. Adam's steps do not
+# shrink with the gradient, because Adam divides the gradient by its size. At step 243, f(7) falls
+# from 7.7 to -1.4, and all 120 strings with 7 ones are wrong. Their gradient is large and brings
+# f(7) back within two steps. (With a tenth of the learning rate from step 215 on, this run has no
+# more spikes.)
 @torch.no_grad()
 def exact_accuracy(model, seq_len):
     """The accuracy on all 2^T strings, computed from one string for each number of ones 0 ... T.
 
-    Also returns which numbers of ones the model gets right (T+1,), and f = logit(odd) - logit(even)
-    for each (T+1,). Where f > 0 the answer is "odd".
+    Also returns whether the model is right for each number of ones (T+1,), and f = logit(odd) -
+    logit(even) for each (T+1,). Where f > 0 the answer is "odd".
     """
     device = next(model.parameters()).device
     strings, parities, fractions = one_string_per_count(seq_len, device)
@@ -253,7 +254,7 @@ def plot_curve(losses, accuracies, components, path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Appendix (skip it on a first reading): how small can it get?
+# Appendix (can be skipped): how small can it get?
 #
 # Without a block nothing mixes the tokens before the final mean. After LayerNorm every 0 is the
 # same vector z and every 1 the same vector o, and the mean of a string with c ones is z + (c / T)
@@ -373,8 +374,8 @@ def count_right(model, seq_len):
 
 # The embedding of a 0 is -d and that of a 1 is d, so LayerNorm makes them -u and u, and the mean of
 # a string with c ones is x u with x = 2c/T - 1. The search gives w, b and a for this x, and they
-# become the weights of the classifier. It works with float64, the model with float32, so all
-# strings are checked with both. A search that falls short is started again.
+# become the weights of the classifier. The search runs in float64 and the model in float32, so all
+# strings are checked in both. If a network falls short, search again.
 def smallest_network(width, may_be_wrong, seq_len=10, n_tries=10):
     """Find a model without a block that is right except for the numbers of ones `may_be_wrong`."""
     model = TransformerClassifier(2, 2, d_model=width, d_key=1, n_heads=1, mlp_factor=1, n_layers=0)
@@ -424,8 +425,8 @@ def plot_smallest(models, seq_len, path):
         axis.set_xticks(counts)
         axis.set_xlabel("number of ones")
         axis.set_ylabel("f")
-        params = sum(p.numel() for p in model.parameters())
-        axis.set_title(f"{params} parameters: {count_right(model, seq_len):,} strings right")
+        n_params = sum(p.numel() for p in model.parameters())
+        axis.set_title(f"{n_params} parameters: {count_right(model, seq_len):,} strings right")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=3, loc="outside lower center")
     figure.savefig(path, dpi=100)
@@ -440,13 +441,13 @@ def sweep(out_dir, networks=NETWORKS, seq_len=10):
     models = []
     for width, may_be_wrong in networks:
         model = smallest_network(width, may_be_wrong, seq_len)
-        params = sum(p.numel() for p in model.parameters())
+        n_params = sum(p.numel() for p in model.parameters())
         n_right = count_right(model, seq_len)
         _, _, f = exact_accuracy(model, seq_len)
         answers = (f > 0).int()
         n_changes = answers.diff().abs().sum()
-        print(f"{params:10} {width:5} | {n_right:13} {n_changes:12}")
-        results[params] = n_right
+        print(f"{n_params:10} {width:5} | {n_right:13} {n_changes:12}")
+        results[n_params] = n_right
         models.append(model)
     plot_smallest(models, seq_len, os.path.join(out_dir, "parity_smallest.png"))
     return results
@@ -460,7 +461,7 @@ if __name__ == "__main__":
     parser.add_argument("--seq_len", type=number(int, 1), default=10,
                         help="bits in each string (default: 10)")
     parser.add_argument("--n_samples", type=number(int, 2), default=1000,
-                        help="random strings, 4/5 of them to train on (default: 1000)")
+                        help="random strings, 4/5 of them for training (default: 1000)")
     parser.add_argument("--d_model", type=number(int, 1), default=8,
                         help="width of the model (default: 8)")
     parser.add_argument("--d_key", type=number(int, 1), default=8,
@@ -470,24 +471,23 @@ if __name__ == "__main__":
     parser.add_argument("--mlp_factor", type=number(int, 1), default=4,
                         help="hidden width of the MLP / d_model (default: 4)")
     parser.add_argument("--n_layers", type=number(int, 0), default=2,
-                        help="blocks, may be 0 (default: 2)")
+                        help="number of blocks, 0 or more (default: 2)")
     parser.add_argument("--lr", type=number(float, 0), default=0.006,
                         help="peak learning rate (default: 0.006)")
     parser.add_argument("--steps", type=number(int, 1), default=650,
-                        help="training steps at most; stops when done (default: 650)")
+                        help="maximum number of training steps (default: 650)")
     parser.add_argument("--batch_size", type=number(int, 1),
-                        help="strings in each step (default: the whole training set)")
+                        help="strings in each batch (default: the whole training set)")
     parser.add_argument("--sweep", action="store_true",
-                        help="find the smallest networks for length 10 instead; of the other "
-                             "options, only --seed and --out_dir have an effect")
+                        help="find the smallest networks for length 10 instead")
     args = parse_args(parser)
     make_folder(args.out_dir)
     torch.set_num_threads(1)  # at this size, more threads only add overhead
 
     if args.sweep:
         results = sweep(args.out_dir)
-        above_95 = [params for params, n_right in results.items() if n_right > 0.95 * 2 ** 10]
-        all_right = [params for params, n_right in results.items() if n_right == 2 ** 10]
+        above_95 = [n_params for n_params, n_right in results.items() if n_right > 0.95 * 2 ** 10]
+        all_right = [n_params for n_params, n_right in results.items() if n_right == 2 ** 10]
         seconds = time.perf_counter() - start
         print(f"result: smallest_95={min(above_95, default=None)} "
               f"smallest_all={min(all_right, default=None)} "
@@ -506,8 +506,8 @@ if __name__ == "__main__":
     sizes = [2, 2, args.d_model, args.d_key, args.n_heads, args.mlp_factor, args.n_layers]
     model = TransformerClassifier(*sizes).to(args.device)
     n_params = sum(p.numel() for p in model.parameters())
-    print(f"{n_params:,} parameters, {n_train:,} strings to train on, {n_val:,} to validate "
-          f"({n_seen:,} of them are training strings, too)")
+    print(f"{n_params:,} parameters, {n_train:,} training strings, {n_val:,} validation strings "
+          f"({n_seen:,} of them also occur in training)")
     # Why the batch is the whole training set: on the plateau the norm of the gradient falls to
     # 0.003, and the noise of a batch of 64 is more than 30 times as large.
     # Why beta2 is 0.9: when the plateau ends, the norm of the gradient grows from 0.003 to 0.9
@@ -515,8 +515,8 @@ if __name__ == "__main__":
     # this mean covers about ten steps and keeps up. The default of 0.999 would cover all steps so
     # far and lag behind.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.9))
-    # the learning rate rises from args.lr / 25 to args.lr and then falls to almost 0 (OneCycleLR
-    # starts with a warm-up, which pre-norm could do without)
+    # the learning rate rises from args.lr / 25 to args.lr and then falls to almost 0 (pre-norm
+    # could do without this warm-up)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps,
                                                     cycle_momentum=False)
 
@@ -524,7 +524,6 @@ if __name__ == "__main__":
     losses = []
     accuracies = []
     components = []
-    n_low = 0
     for step in range(args.steps):
         # get a batch
         if args.batch_size is None:
@@ -538,20 +537,19 @@ if __name__ == "__main__":
         if not loss.isfinite():
             sys.exit(f"step {step}: the loss is {loss.item()}, try a smaller --lr")
 
-        # log, before the update, so that all numbers are those of the same weights
+        # log, before the update, so that all numbers describe the same weights
         accuracy, _, f = exact_accuracy(model, args.seq_len)
-        component = parity_component(f)
         losses.append(loss.item())
         accuracies.append(accuracy)
-        components.append(component)
+        components.append(parity_component(f))
         if step == 0:
             print(f"step 0/{args.steps}: loss {loss:.4f}, "
                   f"uniform prediction ln 2 = {math.log(2):.4f}")
         elif step % 50 == 0:
             print(f"step {step}/{args.steps}: loss {loss:.4f}, accuracy on all strings "
-                  f"{accuracy:.4f}, parity component {component:.6f}")
+                  f"{accuracy:.4f}, parity component {components[-1]:.6f}")
 
-        # backward and update; at a peak of the loss the gradient's norm can exceed 100: clip it
+        # backward and update; when the loss spikes, the gradient norm can exceed 100, so clip it
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -559,11 +557,7 @@ if __name__ == "__main__":
         scheduler.step()
 
         # stop after 5 low losses in a row
-        if loss < 0.002:
-            n_low += 1
-        else:
-            n_low = 0
-        if n_low == 5:
+        if max(losses[-5:]) < 0.002:
             break
 
     # evaluation

@@ -3,17 +3,17 @@ Which pixels is a network without attention most sensitive to, and how can it be
 
 The gradient of the loss with respect to an image shows, for every pixel, how much the loss changes
 if the pixel changes a little. Where the gradient is large, the network is sensitive (saliency), and
-a small step along its signs can fool the network (adversarial example). The gradient is sometimes
-called implicit attention: translate.py compares it with attention weights where the right answer is
-known.
+a small step along its signs can fool the network (adversarial example). Such gradients are
+sometimes called implicit attention: translate.py compares it with attention weights where the right
+answer is known.
 
 The script draws four simple shapes on cluttered backgrounds, and trains a small network to tell
 them apart. So we know which pixels belong to the shape.
 
 $ python saliency.py --load assets/saliency.pt      # trained weights: all results in seconds
 $ python saliency.py                                # train first, in less than a minute
-$ python saliency.py --weights imagenet             # four photographs, downloads 47 MB
-$ python saliency.py --weights imagenet --image a.jpg b.png         # your own photographs
+$ python saliency.py --photos                       # four photographs, downloads 47 MB
+$ python saliency.py --photos a.jpg b.png           # your own photographs
 
 Simonyan et al. 2014, "Deep Inside Convolutional Networks", https://arxiv.org/abs/1312.6034
 Goodfellow et al. 2015, "Explaining and Harnessing Adversarial Examples",
@@ -81,7 +81,7 @@ def calculate_jacobian(model, x, target):
 def saliency_map(gradient):
     """Gradient (B, 3, H, W) -> saliency (B, H, W): L2 norm over colors, rescaled to [0, 1].
 
-    0 is the least sensitive pixel of the image, not a pixel without influence.
+    0 marks the image's least sensitive pixel, which may still have influence.
     """
     # The gradient of a confident prediction can be 1e-30. Its square would be 0 in float32.
     largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)              # (B, 1, 1, 1)
@@ -132,7 +132,7 @@ def four_changes(gradient, eps):
 
 
 # --------------------------------------------------------------------------------------------------
-# The network
+# Model: a small ResNet
 #
 # A small ResNet (He et al. 2016, https://arxiv.org/abs/1512.03385). A convolution computes each
 # output pixel from a 3 x 3 square of its input, with the same weights everywhere. It has many
@@ -180,26 +180,26 @@ def small_resnet(n_classes):
     )
 
 
-def load_weights(model, path, needed):
-    """Load the model's state_dict from a file. If that fails, end the program."""
+def load_weights(model, path):
+    """Load the model's state_dict from a file, or exit."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(weights)
     except Exception:                               # torch.load can fail in many ways
-        sys.exit(f"cannot load {path}: {needed}")
+        sys.exit(f"cannot load {path}: --load needs a file with weights of this network")
 
 
 # --------------------------------------------------------------------------------------------------
-# Images
+# Data: four shapes on cluttered backgrounds (can be skipped)
 #
-# Each function below says for the points (u, v) whether they are on a shape. The shape is upright,
-# its center is u = v = 0, and it reaches at most 1.2 from there. v points down.
+# Each function below tells which points (u, v) are on a shape. The shape is upright, centered at u
+# = v = 0, and extends at most 1.2 from there. v points down.
 SIZE = 32
 CLASSES = ["cross", "triangle", "bars", "screw"]
 
 
 def cross(u, v):
-    """A horizontal bar together with a vertical one."""
+    """A horizontal and a vertical bar."""
     horizontal = (u.abs() < 0.95) & (v.abs() < 0.24)
     vertical = (u.abs() < 0.24) & (v.abs() < 0.95)
     return horizontal | vertical
@@ -219,7 +219,7 @@ def bars(u, v):
 
 
 def screw(u, v):
-    """The head of a screw: a disc without a horizontal slot."""
+    """The head of a screw: a disc with a horizontal slot cut out."""
     return (torch.hypot(u, v) < 0.85) & (v.abs() > 0.2)
 
 
@@ -247,7 +247,7 @@ def make_images(n, upright=False):
         images = images.lerp(color, blob)
 
     # In each color channel, the shape is bright (0.75 to 1) on a darker background (0 to 0.55), or
-    # dark (0 to 0.25) on a brighter one (0.45 to 1). So no color says where the shape is.
+    # dark (0 to 0.25) on a brighter one (0.45 to 1). So no color gives the shape away.
     bright = torch.randint(2, (n, 3, 1, 1))
     images = 0.55 * images + 0.45 * (1 - bright)
     color = 0.75 * bright + 0.25 * torch.rand(n, 3, 1, 1)
@@ -359,36 +359,26 @@ def measure_pointing(gradient, gradient_untrained, images, masks):
 # --------------------------------------------------------------------------------------------------
 # Experiment 2: which change of the image fools the network?
 #
-# Two results need an explanation:
-#
 # - The unscaled Jacobian, the gradient added as it is, fools the same few images at every eps,
-#   because its size depends not on eps but on how unsure the network is: the derivative of the loss
-#   with respect to the target's logit is p(target) - 1, and those for the other logits add up to
-#   1 - p(target). For most images the network is so sure that the change is tiny.
+#   because its size depends not on eps but on how unsure the network is: its first factor is
+#   p(target) - 1 (see `calculate_jacobian`), and for most images that is tiny.
 # - At eps = 16/255 random signs fool more images than the scaled Jacobian, because they change each
 #   value by eps, and it changes only one that much. If some random signs increase the loss, to
-#   first order the opposite of each decreases it. In fact that usually increases it, too. So for
+#   first order the opposite signs decrease it. In fact they usually increase it as well. So for
 #   such strong noise the loss is far from linear.
-EPS = [2, 4, 8, 16]  # in units of 1/255
+EPS = [0, 2, 4, 8, 16]  # in units of 1/255
 
 
 def compare_attacks(model, images, labels, gradient):
-    """Print the accuracy after each change for each eps; return it as {name: [accuracy, ...]}."""
-    names = list(four_changes(gradient, eps=0))
-    table = {name: [] for name in names}
-    print("accuracy eps", end="")
-    for name in names:
-        print(f"{name:>19}", end="")
-    print()
+    """Print the accuracy after each change, for each eps."""
+    print("accuracy eps         sign step   scaled Jacobian unscaled Jacobian      random signs")
     for eps in EPS:
         print(f"{eps:8}/255", end="")
-        for name, change in four_changes(gradient, eps / 255).items():
+        for change in four_changes(gradient, eps / 255).values():
             attacked = (images + change).clamp(0, 1)
             accuracy = accuracy_of(model, attacked, labels)
-            table[name].append(accuracy)
-            print(f"{accuracy:19.4f}", end="")
+            print(f"{accuracy:18.4f}", end="")
         print()
-    return table
 
 
 # --------------------------------------------------------------------------------------------------
@@ -430,8 +420,7 @@ def plot_samples(model, images, labels, names, path):
     for i in range(n):
         _show(axes[1, i], saliency[i], "saliency", vmin=0, vmax=1)
         best = saliency[i].argmax().item()
-        row = best // saliency.size(2)
-        column = best % saliency.size(2)
+        row, column = divmod(best, saliency.size(2))
         for axis in axes[:, i]:
             axis.scatter(column, row, s=60, facecolors="none", edgecolors="white")
     _save(figure, path)
@@ -440,21 +429,16 @@ def plot_samples(model, images, labels, names, path):
 def plot_mean_saliency(model, untrained, device, path):
     """The mean saliency map of each class, before and after training, for upright shapes."""
     images, labels, masks = make_images(200, upright=True)
-    means = []
-    for network in (model, untrained):
+    figure, axes = plt.subplots(2, len(CLASSES), figsize=(9, 4.4), layout="constrained")
+    for row, name, network in zip(axes, ["trained", "untrained"], [model, untrained]):
         gradient, _ = calculate_jacobian(network, images.to(device), labels.to(device))
         saliency = saliency_map(gradient).cpu()
-        for c in range(len(CLASSES)):
-            means.append(saliency[labels == c].mean(dim=0))
-
-    largest = torch.stack(means).max().item()
-    figure, axes = plt.subplots(2, len(CLASSES), figsize=(9, 4.4), layout="constrained")
-    for i, axis in enumerate(axes.flat):
-        c = i % len(CLASSES)
-        title = f"{CLASSES[c]}, {'trained' if i < len(CLASSES) else 'untrained'}"
-        drawn = _show(axis, means[i], title, vmin=0, vmax=largest)
-        mask = masks[labels == c][0].float().numpy()    # all masks of a class are equal
-        axis.contour(mask, levels=[0.5], colors="white", linewidths=0.8)
+        for c, axis in enumerate(row):
+            of_class = labels == c
+            mean = saliency[of_class].mean(dim=0)
+            drawn = _show(axis, mean, f"{CLASSES[c]}, {name}", vmin=0, vmax=1)
+            mask = masks[of_class][0].float().numpy()           # all masks of a class are equal
+            axis.contour(mask, levels=[0.5], colors="white", linewidths=0.8)
     figure.colorbar(drawn, ax=axes, label="mean saliency")
     _save(figure, path)
 
@@ -475,15 +459,15 @@ def plot_adversarial(model, images, labels, names, eps, path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Appendix (skip it on a first reading): photographs and ResNet-18
+# Appendix (can be skipped): photographs and ResNet-18
 #
 # This part draws samples and adversarial examples for photographs, with a ResNet-18 trained on
-# ImageNet. The attributes have torchvision's names, so that its weights load. They could not be
-# downloaded so far, so these figures are unchecked.
-class ResNet(nn.Module):
-    """ResNet-18: (B, 3, 224, 224) -> logits (B, n_classes)."""
+# ImageNet. The attributes have torchvision's names, so that its weights load. We could not download
+# them, so these figures are untested.
+class ResNet18(nn.Module):
+    """torchvision's ResNet-18, 11,689,512 parameters: (B, 3, 224, 224) -> logits (B, 1000)."""
 
-    def __init__(self, n_classes):
+    def __init__(self):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -492,7 +476,7 @@ class ResNet(nn.Module):
         self.layer2 = nn.Sequential(BasicBlock(64, 128, stride=2), BasicBlock(128, 128))
         self.layer3 = nn.Sequential(BasicBlock(128, 256, stride=2), BasicBlock(256, 256))
         self.layer4 = nn.Sequential(BasicBlock(256, 512, stride=2), BasicBlock(512, 512))
-        self.fc = nn.Linear(512, n_classes)
+        self.fc = nn.Linear(512, 1000)
 
     def forward(self, x):
         # Mean and standard deviation of ImageNet's colors. torchvision normalizes before the
@@ -508,11 +492,6 @@ class ResNet(nn.Module):
         x = self.layer4(x)                                                  # (B, 512, 7, 7)
         x = x.mean(dim=(2, 3))
         return self.fc(x)
-
-
-def resnet18(num_classes=1000):
-    """As `torchvision.models.resnet18`: 11,689,512 parameters for 1,000 classes."""
-    return ResNet(num_classes)
 
 
 def read_image(path):
@@ -544,16 +523,12 @@ def read_image(path):
     return x[0, :, top:top + 224, left:left + 224].clamp(0, 1)
 
 
-DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
-WEIGHTS = (  # address, SHA-256
-    "https://download.pytorch.org/models/resnet18-f37072fd.pth",
-    "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",
-)
-NAMES = (
-    "https://raw.githubusercontent.com/pytorch/hub/"
-    "a6fc887fbbbda0dd37c440bf8a145f1da6707d6b/imagenet_classes.txt",
-    "1f386e0d1cb6e28b9c2dac651c3dea6801e98ad1b41a14ce6bb1a093d72069f5",
-)
+DATA_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
+WEIGHTS_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
+WEIGHTS_SHA256 = "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec"
+NAMES_URL = ("https://raw.githubusercontent.com/pytorch/hub/"
+             "a6fc887fbbbda0dd37c440bf8a145f1da6707d6b/imagenet_classes.txt")
+NAMES_SHA256 = "1f386e0d1cb6e28b9c2dac651c3dea6801e98ad1b41a14ce6bb1a093d72069f5"
 PHOTOGRAPHS_URL = "https://raw.githubusercontent.com/EliSchwartz/imagenet-sample-images/master/"
 PHOTOGRAPHS = [  # file, class, SHA-256
     ("n01534433_junco.JPEG", 13,
@@ -567,30 +542,21 @@ PHOTOGRAPHS = [  # file, class, SHA-256
 ]
 
 
-def fetch(url, sha256):
-    """Download a file into data/ unless it is there. Return its path."""
-    path = os.path.join(DATA, os.path.basename(url))
-    download(url, path, sha256)
-    return path
-
-
 def photographs(args):
-    """Draw two figures for args.image, or else for PHOTOGRAPHS. Return the results as text."""
-    files = args.image
+    """Draw two figures for args.photos, or else for PHOTOGRAPHS. Returns the results as text."""
+    files = args.photos
     if not files:
-        files = [fetch(PHOTOGRAPHS_URL + name, sha256) for name, _, sha256 in PHOTOGRAPHS]
+        files = [download(PHOTOGRAPHS_URL + name, DATA_FOLDER, sha256)
+                 for name, _, sha256 in PHOTOGRAPHS]
     images = torch.stack([read_image(file) for file in files]).to(args.device)
-
-    model = resnet18().eval()
-    path = fetch(*WEIGHTS) if args.weights == "imagenet" else args.weights
-    load_weights(model, path, "--weights needs a state_dict of torchvision's resnet18 "
-                 "for 1,000 classes")
+    model = ResNet18().eval()
+    load_weights(model, args.load or download(WEIGHTS_URL, DATA_FOLDER, WEIGHTS_SHA256))
     model = model.to(args.device)
-    with open(fetch(*NAMES), encoding="utf-8") as file:
+    with open(download(NAMES_URL, DATA_FOLDER, NAMES_SHA256), encoding="utf-8") as file:
         names = file.read().splitlines()
 
     # Your own photographs have no labels: take the predicted class, so that accuracy is 1.
-    if args.image:
+    if args.photos:
         labels = predict(model, images).argmax(dim=1)
     else:
         labels = torch.tensor([label for _, label, _ in PHOTOGRAPHS], device=args.device)
@@ -622,17 +588,12 @@ if __name__ == "__main__":
                         help="peak learning rate (default: 0.01)")
     parser.add_argument("--n_images", type=number(int, 100), default=1000,
                         help="images for the evaluation (default: 1000)")
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--load", metavar="FILE",
-                       help="weights that this script saved: do not train")
-    group.add_argument("--weights", metavar="imagenet|FILE",
-                       help="ResNet-18 with these weights, on photographs")
-    parser.add_argument("--image", nargs="+", metavar="FILE",
-                        help="with --weights: your own photographs")
+    parser.add_argument("--load", metavar="FILE",
+                        help="do not train (or with --photos, download): use these weights")
+    parser.add_argument("--photos", nargs="*", metavar="FILE",
+                        help="run ResNet-18 on these photographs (no FILE: four from ImageNet)")
     args = parse_args(parser)
-    if args.image and not args.weights:
-        parser.error("--image needs --weights: the small network is for 32 x 32 shapes")
-    if args.weights:
+    if args.photos is not None:
         result = photographs(args)
         seconds = time.perf_counter() - start
         print(f"result: {result} seconds={seconds:.1f}")
@@ -654,7 +615,7 @@ if __name__ == "__main__":
 
     # trained weights, or training loop
     if args.load:
-        load_weights(model, args.load, "--load needs a file that saliency.py saved")
+        load_weights(model, args.load)
     make_folder(args.out_dir)
     if not args.load:
         for step in range(args.steps):
@@ -669,7 +630,7 @@ if __name__ == "__main__":
             if not loss.isfinite():
                 sys.exit(f"step {step}: the loss is {loss.item()}, try a smaller --lr")
 
-            # backward, update
+            # backward and update
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -684,7 +645,7 @@ if __name__ == "__main__":
 
         path = os.path.join(args.out_dir, "saliency.pt")
         torch.save(model.state_dict(), path)
-        print(f"saved {path}: --load {path} skips the training")
+        print(f"saved {path}, try: python saliency.py --load {path}")
     model.eval()
 
     # evaluation

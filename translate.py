@@ -19,8 +19,8 @@ $ python translate.py --test                        # exact matches, BLEU, align
 $ python translate.py --test --load out/translate_toy.pt    # the same with your own weights
 $ python translate.py --data tatoeba                # train on everyday sentences
 
-Paper: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762. Read attention.py and parity.py
-first: they explain attention, heads, LayerNorm and residual connections.
+Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762. Read
+attention.py and parity.py first: they explain attention, heads, LayerNorm and residual connections.
 """
 
 import argparse
@@ -484,8 +484,7 @@ def read_file(data):
     """The normalized (German, English) pairs of "tatoeba" or a text file, one for each line."""
     try:
         if data == "tatoeba":
-            path = os.path.join(DATA_FOLDER, "tatoeba", "deu-eng.zip")
-            download(TATOEBA_URL, path, TATOEBA_SHA256)
+            path = download(TATOEBA_URL, os.path.join(DATA_FOLDER, "tatoeba"), TATOEBA_SHA256)
             with zipfile.ZipFile(path) as archive:
                 text = archive.read("deu.txt").decode("utf-8-sig")
         else:
@@ -1197,7 +1196,7 @@ def plot_cross_attention(model, tokenizer, sentence, beam, path, reference=None,
         right = right_words(alignment, src.size(1) - 1)
         right = F.pad(right, (0, 1, 1, 1))                  # "↑" and EOS have no right cell
         if right.shape == weights.shape[-2:]:               # one token for each word
-            marks = right.expand_as(weights[0])
+            marks = right
     make_folder(os.path.dirname(path))
     plot_attention(weights[0], source_labels, written_labels, path,
                    x_name="source token", y_name="token written", marks=marks)
@@ -1231,8 +1230,8 @@ def load_model(path, device):
         tokenizer = Tokenizer(saved["merges"])
         data = saved["data"]
     except Exception as error:
-        sys.exit(f"cannot load weights from {path} ({type(error).__name__}): --load needs a file "
-                 "that a training has saved")
+        sys.exit(f"cannot load {path} ({type(error).__name__}): --load needs a file that a "
+                 "training has saved")
     print(f"weights from {path}", file=sys.stderr)
     model.to(device).eval().requires_grad_(False)
     return model, tokenizer, data
@@ -1495,8 +1494,8 @@ if __name__ == "__main__":
         if not loss.isfinite():
             sys.exit(f"step {step}: the loss is {loss.item()}, try a smaller --lr")
 
-        # backward, update; clipping limits the norm of the gradient to 1, so that no single batch
-        # dominates Adam's averages
+        # backward and update; clipping limits the norm of the gradient to 1, so that no single
+        # batch dominates Adam's averages
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
