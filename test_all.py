@@ -7,8 +7,8 @@ $ pytest test_all.py
 import argparse
 import collections
 import contextlib
-import gzip
 import hashlib
+import http.client
 import inspect
 import io
 import math
@@ -22,7 +22,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import zipfile
 
 import matplotlib
@@ -73,6 +72,14 @@ def run(script, *options):
                 raise
             values = {}
     return values, output.getvalue()
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that a test draws. They stay open."""
+    drawn = []
+    monkeypatch.setattr("matplotlib.pyplot.close", drawn.append)
+    return drawn
 
 
 def read(name):
@@ -148,13 +155,6 @@ def test_a_masked_key_and_no_other_gets_weight_0(mask, activation):
     assert torch.equal(weights > 0, mask.expand(2, 3, 5, 7))
 
 
-def test_a_masked_key_gets_weight_0_however_low_the_other_scores_are():
-    q = torch.full((1, 4), 100.0)
-    k = torch.tensor([[-100.0] * 4, [100.0] * 4])
-    _, weights = attention(q, k, torch.eye(2), torch.tensor([[True, False]]))
-    assert weights.tolist() == [[1.0, 0.0]]
-
-
 def test_half_precision_does_not_overflow():
     # 64 * 40 * 40 = 102,400, the largest float16 is 65,504
     x = torch.full((2, 64), 40.0, dtype=torch.float16)
@@ -167,81 +167,30 @@ def test_a_mask_of_numbers_is_refused():
         attention(*queries_keys_values(), torch.ones(5, 7))
 
 
-def test_the_docstring_has_the_right_numbers():
-    query = torch.tensor([[2.0, 0, 2, 0]])
-    key = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]])
-    value = torch.tensor([[10.0, 0], [0, 10], [5, 5]])
-    scores = query @ key.T
-    output, weights = attention(query, key, value)
-    for row in [scores, scores / 2, weights, output]:
-        numbers = " ".join(f"{x:.2f}" for x in row[0].tolist())
-        assert f" =  {numbers} " in attention_script.__doc__
-
-
-def test_queries_of_the_dictionary_are_rotated_keys():
-    rotation, _ = torch.linalg.qr(torch.randn(8, 8))
-    query, key, target = attention_script.make_lookups(5, 6, rotation, noise=0.0)
-    for b in range(5):
-        assert_close(query[b], key[b, target[b]] @ rotation)
-
-
 def test_the_dictionary_learns_to_compare(tmp_path):
-    _, output = run("attention.py", "--steps", 200, "--out_dir", tmp_path)
+    values, output = run("attention.py", "--steps", 200, "--out_dir", tmp_path)
     result = result_of(output)
     assert result["accuracy"] > 0.999
+    assert values["test_target"].shape == (1000, 12)
     assert result["params"] == 2 * 32 * 32
     assert logged_steps(output) == [0, 100]
-    assert (tmp_path / "attention_dictionary.png").exists()
+    assert os.listdir(tmp_path) == ["attention_dictionary.png"]
 
 
-def test_the_accuracy_of_the_dictionary_is_that_of_1000_new_dictionaries():
-    values, _ = run("attention.py", "--steps", 1)
-    output, _ = values["model"](values["test_query"], values["test_key"], values["value"])
-    right = output.argmax(dim=-1) == values["test_target"]
-    assert right.shape == (1000, 12)
-    assert values["accuracy"] == pytest.approx(right.float().mean().item())
-
-
-def drawn(monkeypatch, *arguments, **options):
-    figures = []
-    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
-    attention_script.plot_attention(*arguments, io.BytesIO(), **options)
-    return figures[0].axes
-
-
-def test_a_heatmap_names_the_keys_below_and_the_queries_of_each_panel_beside_it(monkeypatch):
-    rows = [list("wx"), list("yz")]
-    axes = drawn(monkeypatch, torch.rand(2, 2, 3), list("abc"), rows, titles=["one", "two"])
-    for axis, title, queries in zip(axes, ["one", "two"], rows):
+def test_a_heatmap_shows_labels_and_marks_and_all_weights_on_one_scale(figures):
+    weights = torch.rand(2, 2, 3)
+    marks = torch.zeros(2, 3).bool()
+    marks[1, 0] = True
+    attention_script.plot_attention(weights, list("abc"), list("yz"), io.BytesIO(),
+                                    titles=["one", "two"], marks=marks)
+    for i, axis in enumerate(figures[0].axes[:2]):
         assert [label.get_text() for label in axis.get_xticklabels()] == list("abc")
-        assert [label.get_text() for label in axis.get_yticklabels()] == queries
-        assert (axis.get_title(), axis.get_xlabel(), axis.get_ylabel()) == (title, "key", "query")
-
-
-def test_marks_are_dots_in_the_cells_that_are_true(monkeypatch):
-    marks = torch.zeros(2, 3, 4).bool()
-    marks[1, 2, 0] = True
-    axes = drawn(monkeypatch, torch.rand(2, 3, 4), list("abcd"), list("xyz"), marks=marks)
-    dots = [axis.collections[0].get_offsets().tolist() for axis in axes[:2]]
-    assert dots == [[], [[0, 2]]]  # key 0, query 2
-
-
-def test_heatmaps_show_the_weights_on_one_scale(monkeypatch):
-    weights = torch.rand(3, 4, 5)
-    axes = drawn(monkeypatch, weights, list("abcde"), list("wxyz"))
-    for axis, panel in zip(axes, weights):
-        image = axis.images[0]
-        assert image.get_array().tolist() == panel.tolist()
-        assert image.get_clim() == (0.0, weights.max().item())
-
-
-def test_help_has_the_first_paragraph_the_examples_and_all_defaults():
-    _, output = run("attention.py", "--help")
-    paragraph = attention_script.__doc__.strip().split("\n\n")[0]
-    assert f"\n\n{paragraph}\n\noptions:" in output
-    assert output.endswith("\n$ python attention.py    # this example for three queries, "
-                           "then a dictionary that learns\n")
-    assert output.count("(default: ") == 4
+        assert [label.get_text() for label in axis.get_yticklabels()] == list("yz")
+        assert (axis.get_xlabel(), axis.get_ylabel()) == ("key", "query")
+        assert axis.get_title() == ["one", "two"][i]
+        assert axis.images[0].get_array().tolist() == weights[i].tolist()
+        assert axis.images[0].get_clim() == (0.0, weights.max().item())
+        assert axis.collections[0].get_offsets().tolist() == [[0, 1]]  # key 0, query 1
 
 
 def parse(monkeypatch, *options):
@@ -263,13 +212,9 @@ def test_ctrl_c_and_a_closed_pipe_end_a_script_without_a_traceback(monkeypatch):
     assert [signal.getsignal(name) for name in SIGNALS] == [signal.SIG_DFL] * len(SIGNALS)
 
 
-def test_the_seed_is_that_of_the_option():
-    run("attention.py", "--seed", 5, "--steps", 1)
-    assert torch.initial_seed() == 5
-
-
 def test_the_seed_has_at_most_63_bits(monkeypatch, capsys):
-    assert parse(monkeypatch, "--seed", str(2 ** 63 - 1)).seed == 2 ** 63 - 1
+    parse(monkeypatch, "--seed", str(2 ** 63 - 1))
+    assert torch.initial_seed() == 2 ** 63 - 1
     with pytest.raises(SystemExit):
         parse(monkeypatch, "--seed", str(2 ** 63))
     assert "argument --seed: invalid int from 0 to 9223372036854775807" in capsys.readouterr().err
@@ -287,22 +232,7 @@ def test_a_number_is_finite_and_in_its_range(kind, least, most, good, bad):
             parse_number(text)
 
 
-def test_a_folder_is_made_with_its_parents_and_stays_empty(tmp_path):
-    path = tmp_path / "parent" / "folder"
-    make_folder(path)
-    make_folder(path)
-    assert not list(path.iterdir())
-
-
-def test_a_folder_that_cannot_be_made_or_written_is_named_before_the_training(
-        tmp_path, monkeypatch):
-    file = tmp_path / "file"
-    file.write_text("kept")
-    for path in [file, file / "folder"]:
-        with pytest.raises(SystemExit, match=f"^cannot write to {path}: .*$"):
-            run("attention.py", "--out_dir", path)
-    assert file.read_text() == "kept"
-
+def test_a_folder_that_exists_but_cannot_be_written_is_named(tmp_path, monkeypatch):
     def no_permission(dir):
         raise PermissionError("no permission")
 
@@ -311,57 +241,31 @@ def test_a_folder_that_cannot_be_made_or_written_is_named_before_the_training(
         make_folder(tmp_path)
 
 
-def test_a_download_that_fails_or_has_another_content_says_what_to_do(tmp_path):
-    path = tmp_path / "data" / "file"
-    message = f"cannot download .*: try again, or save the file as {path} yourself"
-    for url in ["https://127.0.0.1:1/file", f"file://{__file__}"]:  # no server there
-        with pytest.raises(SystemExit, match=message):
-            download(url, str(path), "0" * 64)
-    assert not path.exists()
+@pytest.mark.parametrize("error", [
+    TimeoutError("stalls"), http.client.BadStatusLine("nonsense"), RuntimeError("wrong SHA-256")])
+def test_a_download_that_fails_says_what_to_do(error, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    message = "cannot download .*/file .*: try again, or save the file as data/file yourself"
+    with pytest.raises(SystemExit, match=message):
+        download("https://example.org/file", "data", "0" * 64)
+    assert socket.getdefaulttimeout() == 30
 
 
-@pytest.mark.parametrize("answer", [
-    b"nonsense", b"HTTP/1.0 200 OK\nContent-Length: 9\n\nhalf", None],
-    ids=["answers nonsense", "breaks off", "stalls"])
-def test_a_download_from_a_broken_server_says_what_to_do(answer, tmp_path, monkeypatch):
-    def answer_once():
-        connection, _ = server.accept()
-        with connection:
-            connection.recv(10_000)
-            connection.sendall(answer)
-
-    waits = []
-    monkeypatch.setenv("no_proxy", "*")
-    with socket.create_server(("127.0.0.1", 0)) as server, monkeypatch.context() as patch:
-        socket.setdefaulttimeout(1)  # instead of what download sets
-        patch.setattr("socket.setdefaulttimeout", waits.append)
-        if answer is not None:
-            threading.Thread(target=answer_once).start()
-        url = f"http://127.0.0.1:{server.getsockname()[1]}/file"
-        with pytest.raises(SystemExit, match=rf"^cannot download {url} \(.*\): try again, or save"):
-            download(url, str(tmp_path / "file"), "0" * 64)
-    assert waits == [30]
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_file_is_downloaded_once(tmp_path):
-    source = tmp_path / "source"
+def test_a_file_is_downloaded_and_checked_once(tmp_path):
+    source = tmp_path / "file"
     source.write_bytes(b"content")
     path = tmp_path / "data" / "file"
-    sha256 = hashlib.sha256(b"content").hexdigest()
-    download(source.as_uri(), str(path), sha256)
+    arguments = (source.as_uri(), str(tmp_path / "data"), hashlib.sha256(b"content").hexdigest())
+    assert download(*arguments) == str(path)
     assert path.read_bytes() == b"content"
     source.unlink()
-    download(source.as_uri(), str(path), sha256)
-
-
-def test_most_of_the_weight_is_on_one_key_without_the_division_by_sqrt_d_k():
-    q = torch.randn(2000, 1, 64)
-    k = torch.randn(2000, 12, 64)
-    _, weights = attention(q, k, k)
-    _, weights_undivided = attention(8 * q, k, k)
-    assert weights.amax(dim=-1).mean().item() == pytest.approx(0.29, abs=0.01)
-    assert weights_undivided.amax(dim=-1).mean().item() == pytest.approx(0.86, abs=0.02)
+    assert download(*arguments) == str(path)
+    path.write_bytes(b"half")
+    with pytest.raises(SystemExit, match=f"^{path} is not the file from .*: delete it"):
+        download(*arguments)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -389,11 +293,6 @@ def test_the_block_is_attention_and_an_mlp_each_after_layernorm_and_added_to_its
     hidden = F.silu(block.mlp[0](block.ln2(after_attention)))
     expected = after_attention + block.mlp[2](hidden)
     assert_close(block(tokens), expected)
-
-
-def test_the_classifier_gives_one_logit_for_each_class():
-    model = parity.TransformerClassifier(2, 5, 16, 8, 3)
-    assert model(torch.randint(2, (4, 10))).shape == (4, 5)
 
 
 def test_the_classifier_sees_only_the_fraction_of_ones():
@@ -429,22 +328,6 @@ def test_powers_of_the_count_below_the_length_have_no_parity_component():
         assert (component == 0) == (power < 10)
 
 
-def test_for_small_f_the_loss_depends_on_the_parity_component_and_the_mean_square():
-    _, parities, fractions = parity.one_string_per_count(10)
-    f = 0.1 * torch.randn(11)
-    losses = F.cross_entropy(torch.stack([-f / 2, f / 2], dim=1), parities, reduction="none")
-    mean_square = (fractions * f ** 2).sum()
-    expected = math.log(2) - parity.parity_component(f) / 2 + mean_square / 8
-    assert_close((fractions * losses).sum(), expected, atol=1e-5, rtol=0)
-
-
-def test_one_change_of_sign_at_five_ones_gets_638_or_386_strings_right():
-    _, parities, fractions = parity.one_string_per_count(10)
-    for middle, n_right in [(4.5, 638), (5.5, 386)]:
-        right = (COUNTS > middle) == (parities == 1)
-        assert fractions[right].sum() == n_right / 1024
-
-
 @pytest.fixture(scope="module")
 def short_training(tmp_path_factory):
     """A training at length 4: the script's globals, what it printed, and the folder it wrote to."""
@@ -454,22 +337,18 @@ def short_training(tmp_path_factory):
     return values, output, folder
 
 
-def test_a_short_training_learns_parity(short_training):
-    result = result_of(short_training[1])
-    assert result["accuracy_val"] == 1
-    assert result["accuracy_all"] == 1
-
-
-def test_a_training_ends_with_the_numbers_of_ones_that_it_gets_wrong():
-    values, output = run("parity.py", "--seq_len", 4, "--steps", 1)
-    _, correct, _ = parity.exact_accuracy(values["model"], 4)
-    wrong = [c for c in range(5) if not correct[c]]
-    assert f"wrong for these numbers of ones: {wrong}\n" in output
-
-
-def test_a_training_logs_every_50_steps_and_its_last_one(short_training):
-    *steps, last = logged_steps(short_training[1])
+def test_a_short_training_learns_parity_and_stops_after_five_low_losses(short_training):
+    values, output, folder = short_training
+    result = result_of(output)
+    assert (result["accuracy_val"], result["accuracy_all"]) == (1, 1)
+    assert values["rows"].tolist() == list(range(80))
+    assert torch.equal(values["answers"], values["y"][80:])     # of the other strings
+    low = "".join("1" if loss < 0.002 else "0" for loss in values["losses"])
+    assert low.index("11111") == len(low) - 5 < 195
+    assert "wrong for these numbers of ones: []\n" in output
+    *steps, last = logged_steps(output)
     assert steps == list(range(0, last, 50))
+    assert os.listdir(folder) == ["parity_curve.png"]
 
 
 def test_the_loss_of_a_training_falls_when_the_parity_component_has_grown(short_training):
@@ -479,27 +358,6 @@ def test_the_loss_of_a_training_falls_when_the_parity_component_has_grown(short_
     assert n_small > 10
     assert min(values["losses"][:n_small]) > 0.6
     assert values["components"][-1] > 1
-
-
-def test_a_training_saves_its_curve_and_nothing_else(short_training):
-    assert os.listdir(short_training[2]) == ["parity_curve.png"]
-
-
-def test_a_training_stops_after_five_low_losses_in_a_row(short_training):
-    losses = short_training[0]["losses"]
-    low = "".join("1" if loss < 0.002 else "0" for loss in losses)
-    assert low.index("11111") == len(losses) - 5 < 195
-
-
-def test_a_training_is_validated_on_the_fifth_of_the_strings_that_it_did_not_see(short_training):
-    values, _, _ = short_training
-    assert values["rows"].tolist() == list(range(80))
-    assert torch.equal(values["answers"], values["y"][80:])
-
-
-def test_a_small_batch_is_drawn_from_the_training_strings():
-    values, _ = run("parity.py", "--n_samples", 40, "--steps", 1, "--batch_size", 31)
-    assert values["rows"].max() < 32
 
 
 # as `python parity.py --sweep` found them; 58 is the solution of an exercise
@@ -514,26 +372,13 @@ def test_the_smallest_networks_are_right_on_as_many_strings_as_claimed(params, n
 
 
 @torch.no_grad()
-def test_the_block_of_the_exercise_has_the_numbers_of_the_answer_and_folds_the_counts():
+def test_the_block_of_the_exercise_folds_the_counts():
     model = saved_classifier(58)
-    block = model.transformer_model[0]
-    head = block.attn.heads[0]
     strings, _, _ = parity.one_string_per_count(10)
-    x = model.token_embedding(strings)
-    z = 8 * model.final_layer_norm(x)[0, 0, 0]
-    size = F.silu(z) + F.silu(-z)
-    direction = torch.tensor([1.0, -1.0])
-    assert_close(x[0, 0], 0.003 * direction)
-    assert_close(x[10, 0], -0.003 * direction)
-    assert not head.w_q.weight.any() and not head.w_k.weight.any()
-    assert_close(head.w_v.weight, torch.eye(2))
-    assert_close(block.attn.w_o.weight, 0.0015 * 8 / z * torch.eye(2))
-    assert_close(block.mlp[0].weight, 4 * torch.stack([direction, -direction]))
-    assert_close(block.mlp[2].weight, 5 * torch.stack([direction, direction], dim=1))
-    assert_close(block.mlp[2].bias, -5 * size * direction)
-    means = model.final_layer_norm(block(x)).mean(dim=1)
+    x = model.transformer_model(model.token_embedding(strings))
+    means = model.final_layer_norm(x).mean(dim=1)
     folded = (1 - 2 * COUNTS / 10).abs()
-    assert_close(means, torch.outer(folded, direction), atol=1e-5, rtol=0)
+    assert_close(means, torch.outer(folded, torch.tensor([1.0, -1.0])), atol=1e-5, rtol=0)
 
 
 def test_a_classifier_without_a_block_has_as_many_parameters_as_its_formula_says():
@@ -542,63 +387,33 @@ def test_a_classifier_without_a_block_has_as_many_parameters_as_its_formula_says
         assert sum(p.numel() for p in model.parameters()) == n ** 2 + 7 * n + 2
 
 
-LINE = torch.linspace(-1, 1, 11, dtype=torch.double)  # 2c/T - 1 for c = 0 ... 10
-
-
 def test_more_rounds_of_the_search_get_nearer_to_the_targets():
+    x = torch.linspace(-1, 1, 11, dtype=torch.double)  # 2c/T - 1 for c = 0 ... 10
     targets = torch.tensor([-1.0, 1] * 5 + [-1]).double()
     distances = []
     for n_rounds in [1, 6]:
         torch.manual_seed(0)
-        w, b, a = parity.search(LINE, targets, 4, 100, n_rounds, n_steps=20)
-        distances.append((parity.hidden_units(LINE, w, b) @ a - targets).norm())
+        w, b, a = parity.search(x, targets, 4, 100, n_rounds, n_steps=20)
+        distances.append((parity.hidden_units(x, w, b) @ a - targets).norm())
     assert distances[1] < 0.9 * distances[0]
 
 
-def test_a_search_that_misses_is_started_again_and_one_that_hits_becomes_f(monkeypatch):
-    wrong = (torch.ones(2), torch.ones(2), torch.ones(3))                  # f > 0 everywhere
-    right = (torch.tensor([4, -4]), torch.zeros(2), torch.tensor([-1, -1, 1]))
-    results = [wrong, wrong, right, wrong]
-
-    def search(x, targets, width):
-        assert x.tolist() == [0, 1]
-        assert targets.tolist() == [1, -1]
-        return results.pop(0)
-
-    monkeypatch.setattr("parity.search", search)
-    model = parity.smallest_network(2, [0], seq_len=2)
-    _, _, f = parity.exact_accuracy(model, 2)
-    end = 1 - 4 * math.tanh(2)  # 1 - SiLU(4) - SiLU(-4)
-    assert f.tolist() == pytest.approx([end, 1, end])
-
-
-def test_the_sweep_finds_networks_and_draws_them(tmp_path, capsys):
+def test_the_sweep_finds_networks_and_draws_every_point_on_its_curve(tmp_path, capsys, figures):
     assert parity.sweep(tmp_path, [(2, [])], seq_len=4) == {20: 16}
-    assert os.listdir(tmp_path) == ["parity_smallest.png"]
     row = capsys.readouterr().out.splitlines()[1]
     assert row.split() == ["20", "2", "|", "16", "4"]
-
-
-def test_the_figure_of_the_smallest_networks_shows_every_point_on_its_curve(tmp_path, monkeypatch):
-    monkeypatch.setattr("matplotlib.pyplot.close", lambda figure: None)
-    parity.plot_smallest([saved_classifier(32)], 10, tmp_path / "figure.png")
-    axis = parity.plt.gcf().axes[0]
+    assert os.listdir(tmp_path) == ["parity_smallest.png"]
+    axis = figures[0].axes[0]
     _, curve, *points, _ = axis.lines
     low, high = axis.get_ylim()
     for line in points:
         for c, y in zip(*line.get_data()):
-            assert curve.get_ydata()[100 * c] == pytest.approx(y, abs=1e-3)
+            assert curve.get_ydata()[250 * c] == pytest.approx(y, abs=1e-3)
             assert low < y < high
 
 
-# What can be checked with numbers in assets/proof_20.md
-def test_proof_two_units_can_change_sign_five_times():
-    x = torch.arange(11).double()
-    f = 0.09 + 1.9 * F.silu(3 * (x - 5.1)) - 0.9 * F.silu(6.5 * (x - 5.15))
-    assert (f > 0).int().tolist() == [1, 1, 1, 1, 0, 1, 0, 1, 0, 0, 0]
-
-
-def test_proof_five_changes_of_the_answer_get_at_most_968_strings_right():
+# the part of assets/proof_20.md that trying all answers can check
+def test_answers_with_five_changes_get_at_most_968_strings_right():
     _, parities, fractions = parity.one_string_per_count(10)
     answers = torch.cartesian_prod(*[torch.arange(2)] * 11)                # (2048, 11)
     few_changes = answers[answers.diff().abs().sum(dim=1) <= 5]
@@ -648,43 +463,20 @@ def test_attention_has_176_of_the_395_parameters():
     assert sum(p.numel() for p in model.parameters()) == 395
 
 
-@pytest.mark.parametrize("activation", ["softmax", "equal weights"])
-def test_no_query_can_tell_its_digit_without_attention_to_it_or_layernorm(activation):
-    model = wild_counter(10, 8, "softmax" if activation == "softmax" else "sigmoid")
-    model.norm = nn.Identity()
-    if activation == "equal weights":
-        nn.init.zeros_(model.key.weight)
-        nn.init.zeros_(model.key.bias)
-    zeros, _ = model(one_hot([[0] * 10]))                                  # (1, 3, 11)
-    ones, _ = model(one_hot([[1] * 10]))
-    assert_close(zeros[0, 0] + ones[0, 1], zeros[0, 1] + ones[0, 0])
-
-
-OPTIONS = argparse.Namespace(vocab_size=3, sequence_length=5, hidden=16, device="cpu", lr=0.03,
-                             steps=400, batch_size=256, seed=7, out_dir="")
-
-
-def train_softmax():
-    model = counting.train(OPTIONS, "softmax", all_lengths=False)
-    return counting.accuracy(model, counting.all_sequences(5, 3), 3)
+def counting_options(**changes):
+    """The options of a short training, of sequences of up to five digits."""
+    defaults = {"vocab_size": 3, "sequence_length": 5, "hidden": 16, "device": "cpu", "lr": 0.03,
+                "steps": 400, "batch_size": 256, "seed": 7, "out_dir": "."}
+    return argparse.Namespace(**{**defaults, **changes})
 
 
 def test_softmax_learns_to_count_at_a_single_length():
-    assert train_softmax() > 0.95
-
-
-def test_softmax_does_not_learn_it_if_the_queries_start_with_large_numbers(monkeypatch):
-    class LargeQueries(counting.CountingModel):
-        def __init__(self, *sizes):
-            super().__init__(*sizes)
-            self.query.data /= 0.3
-
-    monkeypatch.setattr("counting.CountingModel", LargeQueries)
-    assert train_softmax() < 0.5
+    model = counting.train(counting_options(), "softmax", all_lengths=False)
+    assert counting.accuracy(model, counting.all_sequences(5, 3), 3) > 0.95
 
 
 def test_equal_weights_stay_1_half_in_training_and_do_not_count():
-    model = counting.train(OPTIONS, "equal weights")
+    model = counting.train(counting_options(), "equal weights")
     sequences = counting.all_sequences(5, 3)
     _, weights = model(F.one_hot(sequences, 3).float())
     assert (weights == 0.5).all()
@@ -700,56 +492,29 @@ def test_all_combinations_of_counts_are_equally_frequent():
     assert frequency.max() < 1150
 
 
-def test_a_sample_with_all_digits_replaces_too_many_sequences():
-    assert counting.all_sequences(10, 10).unique().tolist() == list(range(10))
-    assert counting.all_sequences(10, 10).shape == (20_000, 10)
-
-
 def test_the_accuracy_is_the_fraction_of_sequences_with_every_count_right():
     n_right = math.comb(9, 3) * math.comb(6, 3)  # three of each digit
     sequences = counting.all_sequences(9, 3)
     assert counting.accuracy(counter_that_answers_3(), sequences, 3) == n_right / 3 ** 9
 
 
-# options of counting.py, for sequences of up to 5 digits
-SHORT = ["--sequence_length", 5, "--steps", 400]
-
-
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
-    """A short training: its folder, its global variables and what it printed."""
+    """A short training: the script's global variables and what it printed."""
     folder = tmp_path_factory.mktemp("counting")
-    values, output = run("counting.py", *SHORT, "--out_dir", folder)
-    return folder, values, output
+    return run("counting.py", "--sequence_length", 5, "--steps", 400, "--out_dir", folder)
 
 
 def test_a_short_training_counts_right_at_all_lengths(counted):
-    _, values, output = counted
+    values, output = counted
     assert values["scores"] == [1.0] * 5
     assert "length 5: 1.0000 of 243 sequences; mean over lengths 1 to 5: 1.0000\n" in output
     assert result_of(output)["accuracy_all"] == 1
     assert logged_steps(output) == [0, 200]
 
 
-def test_the_scores_are_those_of_each_length():
-    values, _ = run("counting.py", "--sequence_length", 4, "--steps", 100)
-    expected = []
-    for length in (1, 2, 3, 4):
-        sequences = counting.all_sequences(length, 3)
-        expected.append(counting.accuracy(values["model"], sequences, 3))
-    assert values["scores"] == expected
-    assert len(set(expected)) == 4
-
-
-def test_the_angles_are_printed_for_each_other_digit(counted):
-    _, values, output = counted
-    for other in (1, 2):
-        degrees = [f"{angle:.0f}" for angle in counting.angles(values["model"], other, 5)]
-        assert f"the rest {other}s: {' '.join(degrees)}\n" in output
-
-
 def test_each_query_attends_to_its_own_digit(counted):
-    weights = counted[1]["weights"][0]  # one query a row, one digit a column
+    weights = counted[0]["weights"][0]  # one query a row, one digit a column
     own = weights.diagonal()
     assert 0.2 < own.min()
     assert own.max() < 0.7
@@ -757,39 +522,23 @@ def test_each_query_attends_to_its_own_digit(counted):
 
 
 def test_the_vectors_of_the_counts_form_an_arc_whatever_the_other_digits_are(counted):
-    ones = counting.angles(counted[1]["model"], 1, 5)
-    twos = counting.angles(counted[1]["model"], 2, 5)
+    values, output = counted
+    ones = counting.angles(values["model"], 1, 5)
+    twos = counting.angles(values["model"], 2, 5)
     assert ones.diff().min() > 3
     assert (ones - twos).abs().max() < 5
+    assert f"the rest 2s: {' '.join(f'{angle:.0f}' for angle in twos)}\n" in output
 
 
-def test_the_angles_are_those_of_the_normalized_vectors_of_the_query_for_0():
-    model = wild(counting.CountingModel(3, 4, 6))
-    model.norm.reset_parameters()
-    model.out = nn.Identity()
-    vectors, _ = model(one_hot([[2, 2, 2, 2], [0, 0, 2, 2]]).float())      # (2, 3, 6)
-    cosine = F.cosine_similarity(vectors[0, 0], vectors[1, 0], dim=0)
-    expected = math.degrees(math.acos(cosine.item()))
-    assert counting.angles(model, 2, 4)[2].item() == pytest.approx(expected, abs=0.1)
-
-
-def test_the_sequence_of_the_option_is_counted_right_after_the_training_log(tmp_path):
-    options = [*SHORT, "--sequence", "2, 1 2", "--out_dir", tmp_path]
-    _, output = run("counting.py", *options)
+def test_the_sequence_of_the_option_is_counted_right_after_the_training_log():
+    _, output = run("counting.py", "--sequence_length", 5, "--steps", 1, "--sequence", "2, 1 2")
     lines = output.splitlines()
-    assert lines[5].startswith("step 200/400: loss")
-    assert lines[6:8] == ["sequence: 2 1 2  true counts: 0 1 2", "sigmoid: counts 0 1 2"]
+    assert lines[4].startswith("step 0/1: loss")
+    assert lines[5] == "sequence: 2 1 2  true counts: 0 1 2"
+    assert lines[6].startswith("sigmoid: counts ")
     assert "angles" not in output
     assert "weights" not in output
-    assert [path.name for path in tmp_path.iterdir()] == ["counting_sigmoid.png"]
-
-
-def test_a_loss_that_is_not_finite_ends_the_training_and_replaces_no_file(tmp_path):
-    figure = tmp_path / "counting_sigmoid.png"
-    figure.write_text("old")
-    with pytest.raises(SystemExit, match=r"^step \d+: the loss is (nan|inf), try a smaller --lr$"):
-        run("counting.py", "--lr", "1e30", "--out_dir", tmp_path)
-    assert figure.read_text() == "old"
+    assert os.listdir("out") == ["counting_sigmoid.png"]
 
 
 def test_half_of_the_batches_have_the_full_length_and_the_others_any_length(monkeypatch):
@@ -801,35 +550,18 @@ def test_half_of_the_batches_have_the_full_length_and_the_others_any_length(monk
         return make_sequences(n, length, vocab_size)
 
     monkeypatch.setattr("counting.make_sequences", recorded)
-    counting.train(OPTIONS, "sigmoid")
+    counting.train(counting_options(batch_size=2), "sigmoid")
     count = collections.Counter(batches)
     assert len(batches) == 400
-    assert 210 < count[256, 5] < 270  # expected: 200 + 200/5
+    assert 210 < count[2, 5] < 270  # expected: 200 + 200/5
     for length in (1, 2, 3, 4):
-        assert 20 < count[256, length] < 60  # 200/5
+        assert 20 < count[2, length] < 60  # 200/5
     batches.clear()
-    counting.train(OPTIONS, "sigmoid", all_lengths=False)
-    assert batches == [(256, 5)] * 400
+    counting.train(counting_options(steps=9), "sigmoid", all_lengths=False)
+    assert batches == [(256, 5)] * 9
 
 
-def test_the_learning_rate_rises_and_falls(monkeypatch):
-    rates = []
-
-    class Adam(torch.optim.Adam):
-        def step(self, *arguments):
-            rates.append(self.param_groups[0]["lr"])
-            return super().step(*arguments)
-
-    monkeypatch.setattr("torch.optim.Adam", Adam)
-    counting.train(OPTIONS, "sigmoid")
-    assert rates[0] == pytest.approx(0.03 / 25)
-    assert max(rates) == pytest.approx(0.03, rel=0.01)
-    assert rates[-1] < 1e-5
-
-
-def test_the_heatmaps_have_weights_dots_at_the_true_digits_and_wrong_counts_in_red(monkeypatch):
-    figures = []
-    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+def test_the_heatmaps_have_weights_dots_at_the_true_digits_and_wrong_counts_in_red(figures):
     models = {"one": counter_that_answers_3(), "two": wild(counting.CountingModel(3, 10, 8))}
     counting.show_counts(models, [1, 1, 2, 1], 3, io.BytesIO())
     for axis, (title, model) in zip(figures[0].axes, models.items()):
@@ -845,43 +577,27 @@ def test_the_heatmaps_have_weights_dots_at_the_true_digits_and_wrong_counts_in_r
     assert [label.get_color() for label in labels] == ["red", "black", "red"]
 
 
-def compare(monkeypatch, train, accuracy):
-    """What counting.compare returns with these functions, and what it passes to show_counts."""
-    shown = []
-    monkeypatch.setattr("counting.train", train)
-    monkeypatch.setattr("counting.accuracy", accuracy)
-    monkeypatch.setattr("counting.show_counts", lambda *arguments: shown.extend(arguments))
-    return counting.compare(OPTIONS, [0, 1, 2]), shown
-
-
-def test_compare_returns_the_means_of_three_seeds_trained_at_all_lengths_and_shows_the_first(
-        monkeypatch):
-    def train(args, activation, all_lengths):
-        return torch.initial_seed() + 10 * all_lengths + 1000 * (activation == "softmax")
-
-    def accuracy(model, digits, V):
-        return model + 100 * len(digits[0])
-
-    result, shown = compare(monkeypatch, train, accuracy)
-    assert result == (518, 1518)
-    assert shown[0] == {
-        "sigmoid, trained at length 5": 7, "sigmoid, trained at lengths 1-5": 17,
-        "softmax, trained at length 5": 1007, "softmax, trained at lengths 1-5": 1017}
-
-
-def test_a_row_of_compare_has_means_and_how_many_seeds_are_all_right_at_full_length(
-        monkeypatch, capsys):
-    def accuracy(seed, digits, V):
-        return 1.0 if seed == 8 or len(digits[0]) < 5 else 0.4
-
-    compare(monkeypatch, lambda *_: torch.initial_seed(), accuracy)
-    assert capsys.readouterr().out.count("| 1.000 1.000 1.000 1.000 0.600 | 1 of 3 seeds\n") == 5
+def test_compare_prints_the_mean_accuracy_at_each_length(capsys):
+    args = counting_options(sequence_length=2, steps=20)
+    _, softmax = counting.compare(args, [0, 1], n_seeds=2)
+    rows = capsys.readouterr().out.splitlines()[2:7]
+    for n, activation, all_lengths in [(0, "sigmoid", False), (3, "softmax", True)]:
+        accuracies = torch.zeros(2, 2)
+        for i in range(2):
+            torch.manual_seed(7 + i)
+            model = counting.train(args, activation, all_lengths)
+            for length in (1, 2):
+                sequences = counting.all_sequences(length, 3)
+                accuracies[i, length - 1] = counting.accuracy(model, sequences, 3)
+        means = accuracies.mean(dim=0).tolist()
+        n_exact = (accuracies[:, 1] == 1).sum()
+        assert rows[n].startswith(activation)
+        assert rows[n].endswith(f"| {means[0]:.3f} {means[1]:.3f} | {n_exact} of 2 seeds")
+    assert softmax == means[1]
 
 
 # --------------------------------------------------------------------------------------------------
 # translate.py: the model
-
-
 def transformer(vocab_size=20, max_len=12, n_layers=2):
     model = translate.TransformerModel(vocab_size, max_len, 8, 2, n_layers, n_layers, dropout=0.0)
     return wild(model).eval()
@@ -973,21 +689,8 @@ def test_decoding_with_the_cache_equals_decoding_at_once_and_reads_the_source_on
     assert_close(torch.cat(logits, dim=1), expected)
 
 
-@pytest.mark.parametrize("vocab_size, d_model, n_layers, expected", [
-    (756, 64, 2, 6), (8259, 192, 3, 10)])       # toy, tatoeba
-def test_the_logit_of_the_input_token_is_large_at_first(vocab_size, d_model, n_layers, expected):
-    model = translate.TransformerModel(vocab_size, 100, d_model, 4, n_layers, n_layers, 0.0)
-    tokens = torch.randint(3, vocab_size, (8, 9))
-    logits, _ = model(tokens, tokens.flip(1))
-    assert logits.std().item() == pytest.approx(1, abs=0.05)
-    own = logits.gather(2, tokens.flip(1).unsqueeze(2))
-    assert own.mean().item() == pytest.approx(expected, abs=0.7)
-
-
 # --------------------------------------------------------------------------------------------------
 # translate.py: the toy language
-
-
 @pytest.mark.parametrize("n, german, english, alignment", [
     (2, "Ein kleines Mädchen besucht den König.", "A small girl visits the king.",
      [[0], [1], [2], [3], [4], [5], [6]]),
@@ -1002,37 +705,24 @@ def test_a_toy_line_has_this_translation_and_alignment(n, german, english, align
 
 def test_every_german_sentence_has_one_translation():
     translations = {}
-    for n in range(1, 20_000):
+    for n in range(1, 5000):
         german, english, _ = translate.toy_pair(n)
         assert translations.setdefault(german, english) == english
-
-
-def test_no_object_comes_before_an_indefinite_subject():
-    for n in range(1, 2000):
-        assert not re.match("(Den|Einen) .* eine? ", translate.toy_pair(n)[0])
+        assert not re.match("(Den|Einen) .* eine? ", german)    # an indefinite subject
 
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])
-def test_a_toy_sentence_is_in_one_part_and_once(part):
-    sentences = [german for german, _, _ in translate.toy_lines(part, 5000)]
+def test_a_toy_sentence_is_in_one_part_and_once(part, monkeypatch):
+    monkeypatch.setitem(translate.N_TOY_LINES, part, 2000)
+    sentences = [german for german, _, _ in translate.toy_lines(part)]
     assert {translate.part_of(german) for german in sentences} == {part}
     assert len(set(sentences)) == len(sentences)
 
 
 # --------------------------------------------------------------------------------------------------
 # translate.py: everyday sentences and text files
-
-
 def test_white_space_and_composed_characters_make_no_difference():
     assert translate.normalize(" Ein\u00a0 Hund\tla\u0308uft.\r\n") == "Ein Hund läuft."
-
-
-def test_a_wrong_file_of_everyday_sentences_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr("translate.DATA_FOLDER", str(tmp_path))
-    os.makedirs(tmp_path / "tatoeba")
-    (tmp_path / "tatoeba/deu-eng.zip").write_text("<html>")
-    with pytest.raises(SystemExit, match="deu-eng.zip is not the file from .*: delete it"):
-        translate.load_pairs("tatoeba", "test")
 
 
 def test_everyday_sentences_are_read_from_their_zip(monkeypatch, tmp_path):
@@ -1061,12 +751,6 @@ def test_a_bad_text_file_gives_one_clear_sentence(content, message, tmp_path):
         translate.load_pairs(path, "test")
 
 
-@pytest.mark.parametrize("part", ["val", "test"])
-def test_each_held_out_part_gets_a_32nd_of_the_sentences(part):
-    parts = collections.Counter(translate.part_of(f"Satz {n}") for n in range(32_000))
-    assert parts[part] == pytest.approx(1000, abs=150)
-
-
 PAIRS = [
     ("Hallo!", "Hi."), ("Stimmt!", "Right!"),                   # train
     ("Wer weiß?", "Who knows?"),                                # val
@@ -1086,14 +770,12 @@ def test_pairs_that_are_too_long_are_left_out():
     pairs = [(limit, limit), (limit + "x", "short"), ("kurz", limit + "x")]
     assert len(translate.encode_pairs(tokenizer, pairs)) == 1
     batches = translate.training_batches(tokenizer, pairs[1:], "toy", 100, 0)
-    with pytest.raises(SystemExit, match="every pair of the training part has 100 tokens or more"):
+    with pytest.raises(SystemExit, match="all pairs have 100 tokens or more"):
         next(batches)
 
 
 # --------------------------------------------------------------------------------------------------
 # translate.py: tokens and batches
-
-
 def test_encoding_loses_nothing():
     texts = ["Der Hund läuft.", "  two  spaces\n\ttab ", "", "日本語 🙂", "aaaa a aa", "\x00\r\n"]
     tokenizer = translate.Tokenizer(translate.learn_merges(texts * 2, 10))
@@ -1105,11 +787,6 @@ def test_what_is_not_unicode_is_replaced():
     tokenizer = translate.Tokenizer([])
     assert tokenizer.decode([translate.EOS, 258, translate.PAD]) == "\ufffd"  # byte 255
     assert tokenizer.decode(tokenizer.encode("\ud800")) == "?"                # half a pair
-
-
-def test_the_three_merges_of_the_comment():
-    merges = translate.learn_merges(["hund", "hunde", "hunger", "hand", "bund"], 3)
-    assert translate.Tokenizer(merges).pieces[-3:] == [b"nd", b"hu", b"hund"]
 
 
 def test_incremental_merges_are_those_of_counting_all_pairs_again():
@@ -1130,23 +807,16 @@ def test_merging_stops_when_no_pair_occurs_twice():
     assert len(translate.learn_merges(["abc", "abd"], 50)) == 1
 
 
-@pytest.mark.parametrize("text", [
-    "Bello sagte: \"Es geht's an.\"", "Bello sagte: „Es geht’s an.“",
-    "Bello sagte: »Es geht´s an.«",
-    "Bel\u00adlo sagte: \u200b\"Es geht's an.\"", "\ufeffBello sagte: \u200e\"Es geht's an.\"",
-    "BELLO SAGTE: “ES GEHT`S AN.”"])
-def test_quotes_apostrophes_and_invisible_characters_make_no_difference(text):
-    assert translate.fold(text) == "bello sagte: \"es geht's an.\""
-
-
-@pytest.mark.parametrize("text", ["U-Bahn - ja", "U‐Bahn – ja", "U‑Bahn — ja", "U−Bahn ― ja"])
-def test_hyphens_and_dashes_make_no_difference(text):
-    assert translate.fold(text) == "u-bahn - ja"
-
-
-def test_four_ways_of_typing_are_the_same_to_the_model():
-    ways = ["Übergrößenträger", "übergrößenträger", "ÜBERGRÖSSENTRÄGER", "Uebergroessentraeger"]
-    assert {translate.fold(text) for text in ways} == {"uebergroessentraeger"}
+@pytest.mark.parametrize("folded, texts", [
+    ("bello sagte: \"es geht's an.\"", [
+        "Bello sagte: \"Es geht's an.\"", "Bello sagte: „Es geht’s an.“",
+        "Bello sagte: »Es geht´s an.«", "BELLO SAGTE: “ES GEHT`S AN.”",
+        "\ufeffBel\u00adlo sagte: \u200b\"Es geht's an.\u200e\""]),
+    ("u-bahn - ja", ["U-Bahn - ja", "U‐Bahn – ja", "U‑Bahn — ja", "U−Bahn ― ja"]),
+    ("uebergroessentraeger", [
+        "Übergrößenträger", "übergrößenträger", "ÜBERGRÖSSENTRÄGER", "Uebergroessentraeger"])])
+def test_all_ways_of_typing_are_the_same_to_the_model(folded, texts):
+    assert {translate.fold(text) for text in texts} == {folded}
 
 
 def test_a_capital_letter_becomes_a_mark_and_a_small_letter():
@@ -1212,8 +882,6 @@ def test_a_text_file_is_trained_as_people_type_and_the_toy_language_is_not(monke
 
 # --------------------------------------------------------------------------------------------------
 # translate.py: training sentences like those that people type
-
-
 def test_names_and_numbers_are_replaced_by_the_same_ones_in_both_sentences():
     replaced = 0
     for seed in range(100):
@@ -1293,8 +961,6 @@ def test_words_that_mostly_occur_together_are_pairs():
 
 # --------------------------------------------------------------------------------------------------
 # translate.py: batches, loss, learning rate
-
-
 EXAMPLES = [([5, 6, 2], [1, 7, 8, 9, 2]), ([5, 2], [1, 4, 2])]
 
 
@@ -1328,8 +994,6 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine_to_zero(step, n_steps, 
 
 # --------------------------------------------------------------------------------------------------
 # translate.py: decoding and BLEU
-
-
 def plain_beam_search(model, src, beam, length_penalty):
     """Beam search for one sentence with lists and without a cache."""
     hypotheses = [([translate.BOS], 0.0)]
@@ -1351,7 +1015,7 @@ def plain_beam_search(model, src, beam, length_penalty):
 @torch.no_grad()
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
 def test_beam_search_equals_a_plain_one(length_penalty):
-    for _ in range(15):  # weights
+    for _ in range(8):  # weights
         model = transformer(12, 8, n_layers=1)
         src = torch.randint(3, 12, (2, 6))
         src[0, 3:] = translate.PAD
@@ -1362,19 +1026,10 @@ def test_beam_search_equals_a_plain_one(length_penalty):
 
 
 def test_greedy_decoding_is_beam_search_with_one_hypothesis():
-    for _ in range(15):
+    for _ in range(8):
         model = transformer(12, 8, n_layers=1)
         src = torch.randint(3, 12, (4, 6))
         assert torch.equal(translate.greedy(model, src), translate.beam_search(model, src, beam=1))
-
-
-def test_a_text_that_is_too_long_is_named_and_the_others_are_translated(toy_model, capsys):
-    texts = ["x" * 98, "x" * 99, "Der Mann sieht den Hund."]
-    translations = translate.translate(*toy_model, texts, beam=1)
-    assert translations[0] != ""
-    assert translations[1:] == ["", "The man sees the dog."]
-    message = "at most 99 tokens and this one has 100: xxx"
-    assert capsys.readouterr().err.count(message) == 1
 
 
 @pytest.mark.parametrize("translations, references, expected", [
@@ -1393,8 +1048,6 @@ def test_bleu_has_the_values_that_sacrebleu_prints(translations, references, exp
 
 # --------------------------------------------------------------------------------------------------
 # translate.py: looking inside
-
-
 TOY_WEIGHTS = os.path.join(HERE, "assets", "translate_toy.pt")
 
 
@@ -1411,54 +1064,18 @@ def tokens_of(tokenizer, german, english):
     return src, tgt
 
 
-def test_the_alignment_accuracy_is_that_of_a_plain_loop(toy_model):
-    model, tokenizer = toy_model
-    lines = translate.toy_lines("test", 1000)
-    hits = torch.zeros(4)       # heads
-    n_words = 0
-    for german, english, alignment in lines:
-        _, weights = model(*tokens_of(tokenizer, german, english))
-        for t, right in enumerate(alignment[:-1]):  # without the full stop
-            guesses = weights[0, :, t + 1, :-1].argmax(dim=-1)      # after BOS and the mark
-            hits += torch.isin(guesses, torch.tensor(right))
-            n_words += 1
-    accuracy, _, _ = translate.alignment_accuracy(model, tokenizer, lines)
-    assert_close(accuracy[-1], hits / n_words)      # of the last block
-
-
 def test_chance_and_diagonal_of_line_7_are_those_of_its_alignment(toy_model):
     _, chance, diagonal = translate.alignment_accuracy(*toy_model, [translate.toy_pair(7)])
     assert chance.item() == pytest.approx(8 / 9 / 7)
     assert diagonal.item() == pytest.approx(1 / 7)
 
 
-def test_the_gradient_accuracy_is_that_of_one_word_after_the_other(toy_model):
-    model, tokenizer = toy_model
-    lines = translate.toy_lines("test", 500)
-    hits = []
-    for german, english, alignment in lines:
-        src, tgt = tokens_of(tokenizer, german, english)
-        for t, right in enumerate(alignment[:-1], start=1):
-            embedded = model.embed(src).requires_grad_()
-            memory = embedded
-            for block in model.encoder:
-                memory = block(memory, None)
-            logits, _ = model.decode(tgt, memory, None)
-            logits[0, t].log_softmax(dim=-1)[tgt[0, t + 1]].backward()
-            norms = embedded.grad[0, :-1].norm(dim=-1)
-            hits.append(norms.argmax().item() in right)
-    accuracy = translate.gradient_accuracy(model, tokenizer, lines)
-    assert accuracy.item() == pytest.approx(sum(hits) / len(hits))
-
-
-def test_the_article_of_an_object_that_comes_first_decides_that_of_the_subject(toy_model):
-    german = "Den klugen Lehrer hat ein König gestern besucht."
-    assert translate.translate(*toy_model, [german], 5)[0].startswith("The king")
-
-
-def test_the_alignment_needs_one_token_for_each_word(toy_model):
-    with pytest.raises(SystemExit, match="one token for each word: train with more --merges"):
-        translate.alignment_accuracy(toy_model[0], translate.Tokenizer([]), [translate.toy_pair(1)])
+@pytest.mark.parametrize("change, english", [
+    (("gestern", "heute"), "The king visited the clever teacher today."),
+    (("der", "ein"), "The king visited a clever teacher yesterday.")])
+def test_the_counterfactuals_of_the_readme_come_out_as_its_answers_say(toy_model, change, english):
+    german = "Den klugen Lehrer hat der König gestern besucht.".replace(*change)
+    assert translate.translate(*toy_model, [german], 5) == [english]
 
 
 def test_the_heatmap_shows_the_weights_of_the_translation_and_marks_the_right_words(
@@ -1468,7 +1085,7 @@ def test_the_heatmap_shows_the_weights_of_the_translation_and_marks_the_right_wo
     drawn = []
     monkeypatch.setattr("translate.plot_attention",
                         lambda *args, marks, **_: drawn.extend([*args, marks]))
-    translate.plot_cross_attention(model, tokenizer, german, 1, "", english, alignment)
+    translate.plot_cross_attention(model, tokenizer, german, 1, "out/x", english, alignment)
     weights, source_labels, written_labels, _, marks = drawn
     _, expected = model(*tokens_of(tokenizer, german, english))
     assert_close(weights, expected[0])
@@ -1476,21 +1093,11 @@ def test_the_heatmap_shows_the_weights_of_the_translation_and_marks_the_right_wo
                              "<eos>"]
     assert written_labels == ["↑", "_a", "_small", "_girl", "_visits", "_the", "_king", ".",
                               "<eos>"]
-    assert marks[0].nonzero().tolist() == [[t + 1, s] for t, [s] in enumerate(alignment)]
-
-
-def test_the_best_head_is_the_one_that_is_right_most_often(monkeypatch):
-    monkeypatch.setattr("translate.toy_lines", lambda *_: [])
-    accuracy = torch.tensor([[0.1, 0.9], [0.3, 0.2]])
-    monkeypatch.setattr("translate.alignment_accuracy",
-                        lambda *_: (accuracy, torch.tensor(0.5), torch.tensor(0.5)))
-    monkeypatch.setattr("translate.gradient_accuracy", lambda *_: torch.tensor(0.5))
-    assert translate.test_alignment(None, None, "out") == (pytest.approx(0.9), 0.5)
+    assert marks.nonzero().tolist() == [[t + 1, s] for t, [s] in enumerate(alignment)]
 
 
 def test_the_shipped_toy_model_translates_and_finds_the_source_words(toy_model, monkeypatch):
-    toy_lines = translate.toy_lines
-    monkeypatch.setattr("translate.toy_lines", lambda part, _: toy_lines(part, 3000))
+    monkeypatch.setitem(translate.N_TOY_LINES, "test", 3000)
     args = argparse.Namespace(out_dir="out", beam=1)
     result = result_of("result: " + translate.test(*toy_model, "toy", args))
     assert result["exact"] > 0.95
@@ -1500,7 +1107,6 @@ def test_the_shipped_toy_model_translates_and_finds_the_source_words(toy_model, 
 
 # --------------------------------------------------------------------------------------------------
 # translate.py: the script
-
 TINY = ("--d_model 16 --n_heads 2 --n_enc_layers 1 --n_dec_layers 1 --merges 50 --lr 0.01 "
         "--batch_tokens 300 --beam 1 --steps 40").split()
 
@@ -1530,11 +1136,32 @@ def start(*options):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+ONE_STEP = [*TINY, "--d_model", 64, "--dropout", 0, "--steps", 1, "--lr", 1e-30]    # keeps weights
+
+
+def train_one_step(pairs_file, folder):
+    """The variables after ONE_STEP, and the norm of the gradient before it was clipped."""
+    norms = []
+    clip = nn.utils.clip_grad_norm_
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.utils.clip_grad_norm_",
+                      lambda *args: norms.append(clip(*args).item()))
+        values, _ = run("translate.py", *ONE_STEP, "--data", pairs_file, "--out_dir", folder)
+    return values, norms[0]
+
+
+@pytest.fixture(scope="module")
+def one_step(pairs_file, tmp_path_factory):
+    return train_one_step(pairs_file, tmp_path_factory.mktemp("one_step"))
+
+
 def test_the_script_learns_from_about_the_loss_of_a_uniform_prediction(trained):
     _, values, output = trained
     line = re.search(r"step 0/40: loss ([\d.]+), uniform prediction ln \d+ = ([\d.]+)", output)
     assert float(line[1]) == pytest.approx(float(line[2]), abs=1)
     assert values["loss"] < float(line[1]) - 1.5
+    assert logged_steps(output) == [0, *range(2, 41, 2)]
+    assert output.count(", about 0 min left") == 20
     assert set(result_of(output)) == {"exact", "bleu", "params", "seconds"}
 
 
@@ -1545,12 +1172,6 @@ def test_the_tokenizer_learns_from_the_training_part_of_both_languages(trained, 
     texts += [translate.mark_capitals(english) for _, english in pairs]
     merges = saved["merges"]
     assert merges == translate.learn_merges(texts, len(merges))
-
-
-def test_the_log_says_what_is_left_to_do(trained):
-    assert re.search(r"^learning 50 merges \.\.\.$", trained[2], re.MULTILINE)
-    assert logged_steps(trained[2]) == [0, *range(2, 41, 2)]
-    assert trained[2].count(", about 0 min left") == 20
 
 
 def test_weights_that_were_just_trained_are_used_with_load(trained, pairs_file, capsys):
@@ -1569,94 +1190,57 @@ def test_load_ignores_what_lies_in_the_output_folder(trained, monkeypatch):
     assert output == "The dog wakes the bird.\n"
 
 
-def test_with_load_a_missing_text_file_is_named_and_data_takes_its_place(trained, tmp_path):
+def test_a_missing_text_file_is_named_with_load_and_data_replaces_it(trained):
     weights = torch.load(trained[0] / "translate_pairs.tsv.pt", weights_only=True)
-    torch.save({**weights, "data": "gone.tsv"}, tmp_path / "weights.pt")
+    torch.save({**weights, "data": "gone.tsv"}, "weights.pt")
     with pytest.raises(SystemExit, match="cannot read gone.tsv, use --data with another file"):
         run("translate.py", "--load", "weights.pt", "--line", 1)
     _, output = run("translate.py", "--load", "weights.pt", "--data", "toy", "--line", 7)
     assert "source:      Den klugen Lehrer hat der König gestern besucht." in output
 
 
-@pytest.mark.parametrize("options, message", [
-    ("--test --load missing.pt", "there are no weights in missing.pt"),
-    ("--test --load foreign.pt", "foreign.pt does not hold weights of translate.py"),
-    ("--test --load damaged.pt", "damaged.pt does not hold weights of translate.py"),
-    ("--data pairs.tsv --text Hallo", "no shipped weights for pairs.tsv: use --load"),
-    ("--line 0", "--line 0: toy has lines 1 to 209773"),
-    ("--line 209774", "--line 209774: toy has lines 1 to 209773"),
-    ("--resume", "there is nothing to resume: out/translate_toy.pt.checkpoint does not exist"),
-    ("--out_dir foreign.pt", "cannot write to foreign.pt"),
-    ("--data missing.tsv", "cannot read missing.tsv")])
-def test_a_mistake_gives_one_clear_sentence(options, message):
-    torch.save({"weights": 1}, "foreign.pt")
-    with open("damaged.pt", "w") as file:
-        file.write("nothing that torch could read")
-    with pytest.raises(SystemExit, match=re.escape(message)):
-        run("translate.py", *options.split())
-
-
-@pytest.mark.parametrize("options, message", [
-    ("--load assets/translate_toy.pt", "--load and --plot need --test, --line or --text"),
-    ("--n_heads 3", "--n_heads 3 does not divide --d_model 64"),
-    ("--beam 0", "argument --beam"), ("--dropout 1.5", "argument --dropout"),
-    ("--steps -5", "argument --steps"), ("--lr nan", "argument --lr")])
-def test_an_impossible_option_is_refused(options, message, capsys):
-    with pytest.raises(SystemExit):
-        run("translate.py", *options.split())
-    assert message in capsys.readouterr().err
-
-
-def test_a_learning_rate_that_diverges_ends_the_run_and_keeps_the_old_weights(pairs_file):
-    os.makedirs("out")
-    with open("out/translate_pairs.tsv.pt", "w") as file:
-        file.write("finished")
-    with pytest.raises(SystemExit, match="step .*: the loss is nan, try a smaller --lr"):
-        run("translate.py", *TINY, "--data", pairs_file, "--lr", "1e30")
-    with open("out/translate_pairs.tsv.pt") as file:
-        assert file.read() == "finished"
-
-
 @pytest.mark.parametrize("n, held_out", [(1, "no"), (6, "yes"), (5, "no")])
-def test_a_line_says_whether_its_pair_would_be_scored(n, held_out):
+def test_a_line_says_whether_its_pair_would_be_scored(n, held_out, toy_model, capsys):
     lines = [f"{english}\t{german}\n" for german, english in PAIRS]
     with open("pairs.tsv", "w", encoding="utf-8") as file:
         file.writelines(lines)
-    _, output = run("translate.py", "--data", "pairs.tsv", "--load", TOY_WEIGHTS, "--line", n)
-    assert output.endswith(f"held out:    {held_out}\n")
+    args = argparse.Namespace(line=n, beam=1, plot=False)
+    translate.translate_line(*toy_model, "pairs.tsv", args)
+    assert capsys.readouterr().out.endswith(f"held out:    {held_out}\n")
 
 
-def test_a_line_that_is_too_long_is_not_drawn(trained, pairs_file):
-    weights = trained[0] / "translate_pairs.tsv.pt"
-    _, output = run("translate.py", "--load", weights, "--line", 300, "--plot")
-    assert "translation: \n" in output
-    assert "saved" not in output
+def test_a_line_is_drawn_unless_it_is_too_long(toy_model, pairs_file, capsys):
+    for data, n in [("toy", 7), (pairs_file, 300)]:
+        args = argparse.Namespace(line=n, beam=1, plot=True, out_dir="out")
+        translate.translate_line(*toy_model, data, args)
+    assert os.listdir("out") == ["translate_toy.png"]
+    assert "translation: \n" in capsys.readouterr().out
 
 
-def test_if_one_of_several_texts_is_too_long_the_others_are_translated_with_status_1(capsys):
+def test_a_text_that_is_too_long_is_named_and_the_status_is_1(capsys):
     with pytest.raises(SystemExit) as stop:
         run("translate.py", "--data", "toy", "--text", "x" * 99, "Den Vogel weckt der Hund.")
     assert stop.value.code == 1
+    assert "at most 99 tokens and this one has 100: xxx" in capsys.readouterr().err
 
 
-def test_the_result_is_that_of_the_validation_part(tmp_path):
-    english = {"train": "one two three four five", "val": "one two three four six", "test": "six"}
-    lines = []
-    for n in range(200):
-        german = f"Satz {n}"
-        lines.append(f"{english[translate.part_of(german)]}\t{german}\n")
-    (tmp_path / "pairs.tsv").write_text("".join(lines))
-    _, output = run("translate.py", *TINY, "--data", "pairs.tsv")
-    assert result_of(output)["bleu"] == pytest.approx(66.87, abs=0.01)  # train would be 100
+def test_all_texts_but_those_that_are_too_long_are_translated(toy_model):
+    texts = ["Den Vogel weckt der Hund."] * 66 + ["x" * 99, "x" * 98]   # more than a batch
+    *translations, too_long, longest = translate.translate(*toy_model, texts, beam=1)
+    assert translations == ["The dog wakes the bird."] * 66
+    assert too_long == ""
+    assert longest != ""
 
 
-def test_the_logged_validation_loss_is_that_of_the_validation_part_without_dropout(
-        trained, pairs_file):
-    folder, values, _ = trained
-    _, tokenizer, _ = translate.load_model(str(folder / "translate_pairs.tsv.pt"), "cpu")
-    examples = translate.encode_pairs(tokenizer, translate.load_pairs(str(pairs_file), "val"))
+def test_the_validation_loss_and_the_result_are_those_of_the_validation_part(trained, pairs_file):
+    _, values, output = trained
+    pairs = translate.load_pairs(str(pairs_file), "val")
+    examples = translate.encode_pairs(values["tokenizer"], pairs)
     loss = translate.validation_loss(values["net"].eval(), examples, "cpu")
     assert values["val_loss"] == pytest.approx(loss, rel=1e-5)
+    _, bleu = translate.score(values["model"], values["tokenizer"], pairs, beam=1)
+    assert result_of(output)["bleu"] == pytest.approx(bleu, abs=0.01)
+    assert bleu > 0
 
 
 def test_weights_are_saved_and_evaluated_in_half_precision(trained):
@@ -1667,23 +1251,18 @@ def test_weights_are_saved_and_evaluated_in_half_precision(trained):
         assert torch.equal(saved["weights"][name].float(), parameter)
 
 
-def test_the_loss_of_training_is_the_smoothed_mean_over_all_targets(pairs_file):
-    options = [*TINY, "--dropout", 0, "--steps", 1, "--lr", 1e-30]      # the weights stay
-    values, _ = run("translate.py", *options, "--data", pairs_file)
+def test_the_loss_of_training_is_the_smoothed_mean_over_all_targets(one_step):
+    values, _ = one_step
     n_targets = sum(len(tgt) - 1 for _, tgt in values["batch"])
     loss = translate.batch_loss(values["net"], values["batch"], "cpu", 0.1) / n_targets
     assert values["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_the_norm_of_the_gradient_is_limited_to_1(pairs_file):
-    values, _ = run("translate.py", *TINY, "--steps", 1, "--d_model", 64, "--data", pairs_file)
+def test_the_norm_of_the_gradient_is_limited_to_1(one_step):
+    values, norm = one_step
     norms = torch.stack([p.grad.norm() for p in values["net"].parameters()])
+    assert norm > 1
     assert norms.norm().item() == pytest.approx(1, rel=1e-3)
-
-
-def test_adam_has_the_betas_and_eps_of_the_paper(trained):
-    group = trained[1]["optimizer"].param_groups[0]
-    assert (group["betas"], group["eps"]) == ((0.9, 0.98), 1e-9)
 
 
 def test_a_save_that_is_interrupted_keeps_the_old_file(monkeypatch, tmp_path):
@@ -1712,27 +1291,24 @@ def killed(pairs_file, tmp_path_factory):
     return folder
 
 
-def test_an_unfinished_training_keeps_the_finished_weights(killed):
-    assert (killed / "translate_pairs.tsv.pt").read_text() == "finished"
-
-
-def test_an_unfinished_training_is_not_overwritten(killed, pairs_file):
+def test_an_unfinished_training_is_not_overwritten_and_keeps_finished_weights(killed, pairs_file):
     with pytest.raises(SystemExit, match="holds an unfinished run: continue it with --resume"):
         run("translate.py", *TINY, "--data", pairs_file, "--out_dir", killed)
+    assert (killed / "translate_pairs.tsv.pt").read_text() == "finished"
 
 
 def test_an_unfinished_training_is_not_continued_with_other_sentences(
         killed, pairs_file, tmp_path):
     other = tmp_path / "pairs.tsv"
     other.write_text(pairs_file.read_text(encoding="utf-8") + "\nHi.\tStimmt!", encoding="utf-8")
-    with pytest.raises(SystemExit, match="pairs.tsv is not the data that .* was trained with"):
+    with pytest.raises(SystemExit, match="pairs.tsv is not the data of this training any more"):
         run("translate.py", "--data", other, "--out_dir", killed, "--resume")
 
 
 def test_a_checkpoint_of_other_code_is_named(pairs_file):
     os.makedirs("out")
     torch.save({"step": 3}, "out/translate_pairs.tsv.pt.checkpoint")
-    with pytest.raises(SystemExit, match="does not hold a checkpoint of translate.py"):
+    with pytest.raises(SystemExit, match="cannot resume from .*: --resume needs the checkpoint"):
         run("translate.py", "--data", pairs_file, "--resume")
 
 
@@ -1748,36 +1324,23 @@ def test_a_killed_training_is_resumed_bit_for_bit_with_its_own_options(
     assert (folder / "translate_pairs.tsv.pt").read_bytes() == whole
 
 
-def test_two_processes_have_the_gradients_of_one(pairs_file, monkeypatch):
-    options = [*TINY, "--dropout", 0, "--steps", 1, "--data", pairs_file]
-    with pytest.MonkeyPatch.context() as patch:
-        norms = []      # before clipping, which hides a wrong factor
-        clip = nn.utils.clip_grad_norm_
-        patch.setattr("torch.nn.utils.clip_grad_norm_",
-                      lambda *args: norms.append(clip(*args).item()))
-        one, _ = run("translate.py", *options)
-        group = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(20_000 + os.getpid() % 10_000), "RANK": "1"}
-        for name, value in group.items():
-            monkeypatch.setenv(name, value)
-        other = start(*options, "--out_dir", "other")
-        try:
-            monkeypatch.setenv("RANK", "0")
-            two, _ = run("translate.py", *options, "--out_dir", "two")
-            errors = other.communicate(timeout=60)[1]
-            assert other.returncode == 0, errors
-        finally:
-            other.kill()
-    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+def test_two_processes_have_the_gradients_of_one(one_step, pairs_file, monkeypatch):
+    one, norm = one_step
+    group = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(20_000 + os.getpid() % 10_000), "RANK": "1"}
+    for name, value in group.items():
+        monkeypatch.setenv(name, value)
+    other = start(*ONE_STEP, "--data", pairs_file, "--out_dir", "other")
+    try:
+        monkeypatch.setenv("RANK", "0")
+        two, norm_of_two = train_one_step(pairs_file, "two")
+        errors = other.communicate(timeout=60)[1]
+        assert other.returncode == 0, errors
+    finally:
+        other.kill()
+    assert norm_of_two == pytest.approx(norm, rel=1e-4)
     for ours, expected in zip(two["net"].parameters(), one["net"].parameters()):
         assert_close(ours.grad, expected.grad)
-
-
-def test_a_rank_in_the_environment_changes_nothing(pairs_file, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    run("translate.py", *TINY, "--data", pairs_file, "--steps", 1)
-    assert os.path.exists("out/translate_pairs.tsv.pt")
 
 
 def stdin_of(content):
@@ -1791,44 +1354,15 @@ def test_lines_of_standard_input_are_translated_in_order(monkeypatch):
     assert output == "The horse chases the old mouse.\n\nThe dog wakes the bird.\n"
 
 
-def test_standard_input_that_is_not_utf8_is_refused(monkeypatch):
-    monkeypatch.setattr("sys.stdin", stdin_of("Hallo!\nMädchen\n".encode("latin-1")))
-    with pytest.raises(SystemExit, match="line 2 of standard input is not UTF-8"):
-        list(translate.read_stdin())
-
-
-def test_at_a_terminal_every_line_is_answered_at_once(toy_model, monkeypatch, capsys):
-    n_answers = []
-
-    def typed_lines():
-        for _ in range(3):
-            n_answers.append(capsys.readouterr().out.count("\n"))
-            yield b"Den Vogel weckt der Hund.\n"
-
-    terminal = argparse.Namespace(isatty=lambda: True, buffer=typed_lines())
-    monkeypatch.setattr("sys.stdin", terminal)
-    args = argparse.Namespace(out_dir="", text=["-"], beam=1, plot=False)
-    assert translate.translate_texts(*toy_model, "toy", args)
-    assert n_answers == [0, 1, 1]
-
-
-def test_a_line_is_drawn(tmp_path):
-    run("translate.py", "--line=7", "--plot", "--out_dir", tmp_path)
-    assert (tmp_path / "translate_toy.png").exists()
-
-
 @pytest.mark.parametrize("data", ["toy", "tatoeba"])
 def test_the_shipped_weights_have_at_most_8_mb(data):
     assert os.path.getsize(os.path.join(HERE, "assets", f"translate_{data}.pt")) <= 8_000_000
 
 
-def test_more_texts_than_a_batch_holds_are_all_translated(toy_model):
-    texts = ["Den Vogel weckt der Hund."] * 66
-    assert translate.translate(*toy_model, texts, beam=1) == ["The dog wakes the bird."] * 66
-
-
-def test_every_text_gets_its_own_heatmap():
-    run("translate.py", "--data", "toy", "--plot", "--text", "Der Hund jagt mich.", "Hunde!")
+def test_every_text_gets_its_own_heatmap(toy_model):
+    texts = ["Der Hund jagt mich.", "Hunde!"]
+    args = argparse.Namespace(text=texts, beam=1, plot=True, out_dir="out")
+    assert translate.translate_texts(*toy_model, "toy", args)
     assert set(os.listdir("out")) == {"translate_toy_1.png", "translate_toy_2.png"}
 
 
@@ -1896,15 +1430,6 @@ def test_a_model_in_training_mode_is_refused():
         saliency.calculate_jacobian(small_network(), *small_images(2))
 
 
-def test_the_jacobian_leaves_the_model_and_the_images_as_they_were():
-    model = small_network().eval()
-    x, target = small_images(2)
-    before = bytes_of([model, x])
-    saliency.calculate_jacobian(model, x, target)
-    assert bytes_of([model, x]) == before
-    assert all(p.grad is None for p in model.parameters())
-
-
 @pytest.mark.parametrize("target, expected", [(0, [-2, 1, 1]), (1, [1, -1, 0])])
 def test_a_confident_prediction_has_the_right_gradient(target, expected):
     image = torch.tensor([25.0, 0, 0]).view(1, 3, 1, 1)  # the model returns it as logits
@@ -1951,14 +1476,6 @@ def test_an_adversarial_example_is_the_sign_step_within_0_and_1():
     assert_close(adversarial, (x + 0.1 * gradient.sign()).clamp(0, 1))
 
 
-def test_the_three_values_of_the_comment_increase_the_loss_as_it_says():
-    gradient = torch.tensor([3, -1, 0.1]).view(1, 3, 1, 1)
-    changes = saliency.four_changes(gradient, eps=1)
-    assert (changes["sign step"] * gradient).sum().item() == pytest.approx(4.1)
-    assert (changes["scaled Jacobian"] * gradient).sum().item() == pytest.approx(3.34, abs=0.005)
-    assert gradient.norm().item() == pytest.approx(3.16, abs=0.005)
-
-
 # --------------------------------------------------------------------------------------------------
 # saliency.py: images and measures
 SALIENCY_WEIGHTS = os.path.join(HERE, "assets", "saliency.pt")
@@ -1967,29 +1484,11 @@ U = OFFSETS.view(1, 32).expand(32, 32)  # the coordinates of upright shapes, tim
 V = OFFSETS.view(32, 1).expand(32, 32)
 
 
-def shipped_model():
-    model = saliency.small_resnet(4)
-    saliency.load_weights(model, SALIENCY_WEIGHTS, "")
-    return model.eval()
-
-
-def upright_maps():
-    """Saliency maps of upright images with the shipped weights, their labels and masks."""
-    images, labels, masks = saliency.make_images(200, upright=True)
-    gradient, _ = saliency.calculate_jacobian(shipped_model(), images, labels)
-    return saliency.saliency_map(gradient), labels, masks
-
-
-@pytest.mark.parametrize("name, inside, outside", [
-    ("cross", [(0, 0), (0.9, 0.2), (-0.2, -0.9)], [(0.3, 0.3), (1, 0), (0, -1)]),
-    ("triangle", [(0, 0.3), (0, -0.6), (0.5, 0), (-0.5, 0)], [(0, 0), (0, 0.7), (0.6, -0.3)]),
-    ("bars", [(0, 0.4), (0.7, 0.7), (-0.7, -0.4)], [(0, 0), (0.9, 0.5), (0, -0.8)]),
-    ("screw", [(0, 0.3), (0, -0.8), (0.7, 0.4)], [(0, 0), (0.6, 0.7), (0.8, 0.1)])])
-def test_points_are_on_a_shape_or_not(name, inside, outside):
-    shape = getattr(saliency, name)
-    for points, expected in [(inside, True), (outside, False)]:
-        u, v = torch.tensor(points).T
-        assert shape(u, v).tolist() == [expected] * len(points)
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """A run with the shipped weights: the script's globals and what it printed."""
+    folder = tmp_path_factory.mktemp("loaded")
+    return run("saliency.py", "--load", SALIENCY_WEIGHTS, "--out_dir", folder)
 
 
 def test_an_upright_image_shows_the_shape_of_its_label():
@@ -2010,7 +1509,6 @@ def test_shapes_are_moved_by_at_most_7_pixels_rotated_and_up_to_9_pixels_large()
     assert 36 < area.min() < 50 and 74 < area.max() < 88
     wide = bars.amax(dim=1).sum(dim=1) > bars.amax(dim=2).sum(dim=1)
     assert 0.2 < wide.float().mean() < 0.8
-    assert saliency.within_two_pixels(masks)[:, 16, 16].mean() > 0.9  # near the middle pixel
 
 
 def test_in_each_color_the_shape_is_brighter_than_the_whole_background_or_darker():
@@ -2033,22 +1531,10 @@ def test_pointing_allows_for_two_pixels():
     assert saliency.pointing_of(maps, masks) == 0.5
 
 
-def test_pointing_is_compared_with_the_shape_of_another_image():
-    images = torch.full((2, 3, 32, 32), 0.5)
-    masks = torch.zeros(2, 32, 32, dtype=torch.bool)
-    for i, (row, column) in enumerate([(16, 16), (5, 5)]):
-        images[i, :, row, column] = 1
-        masks[i, row, column] = True
-    gradient = torch.zeros(2, 3, 32, 32)
-    gradient[0, :, 16, 16] = 1
-    gradient[1, :, 5, 7] = 1  # two pixels beside the shape
-    table = saliency.measure_pointing(gradient, gradient.flip(0), images, masks)
-    assert table == {"trained network": (1, 0), "untrained network": (0, 1),
-                     "edge detector": (1, 0)}
-
-
-def test_saliency_is_larger_in_the_gaps_of_a_shape_than_on_it():
-    maps, labels, masks = upright_maps()
+def test_saliency_is_larger_in_the_gaps_of_a_shape_than_on_it(loaded):
+    images, labels, masks = saliency.make_images(100, upright=True)
+    gradient, _ = saliency.calculate_jacobian(loaded[0]["model"], images, labels)
+    maps = saliency.saliency_map(gradient)
     distance = torch.hypot(U, V)
     gaps = {"triangle": distance < 2, "screw": (distance < 5) & (V.abs() < 1.5)}
     for name, gap in gaps.items():
@@ -2057,58 +1543,21 @@ def test_saliency_is_larger_in_the_gaps_of_a_shape_than_on_it():
         assert maps[of_class][:, gap].mean() > 1.2 * on_shape
 
 
-def test_the_most_salient_pixel_is_on_the_shape_in_a_third_of_the_images_and_never_far_outside():
-    maps, _, _ = upright_maps()
-    best = maps.flatten(1).argmax(dim=1)
-    assert (torch.hypot(U, V) < 9.7).flatten()[best].float().mean() > 0.95  # no shape is larger
-    images, labels, masks = saliency.make_images(300)
-    gradient, _ = saliency.calculate_jacobian(shipped_model(), images, labels)
-    best = saliency.saliency_map(gradient).flatten(1).argmax(dim=1)
-    on_shape = masks.flatten(1)[torch.arange(300), best]
-    assert on_shape.float().mean().item() == pytest.approx(1 / 3, abs=0.08)
+def test_the_most_salient_pixel_is_on_the_shape_in_a_third_of_the_images(loaded):
+    values, _ = loaded
+    best = saliency.saliency_map(values["gradient"]).flatten(1).argmax(dim=1)
+    on_shape = values["masks"].flatten(1)[torch.arange(1000), best]
+    assert on_shape.float().mean().item() == pytest.approx(1 / 3, abs=0.05)
 
 
-def test_the_size_of_the_unscaled_jacobian_is_the_doubt_of_the_network():
-    x, y, _ = saliency.make_images(100)
-    gradient, logits = saliency.calculate_jacobian(shipped_model(), x, y)
-    loss = F.cross_entropy(logits.double(), y, reduction="none")
+@torch.no_grad()
+def test_the_size_of_the_unscaled_jacobian_is_the_doubt_of_the_network(loaded):
+    values, _ = loaded
+    logits = values["model"](values["images"][:100]).double()
+    loss = F.cross_entropy(logits, values["labels"][:100], reduction="none")
     doubt = -torch.expm1(-loss)  # 1 - p(target)
-    largest = gradient.abs().amax(dim=(1, 2, 3))
+    largest = values["gradient"][:100].abs().amax(dim=(1, 2, 3))
     assert torch.corrcoef(torch.stack([doubt.log(), largest.log()]))[0, 1] > 0.9
-
-
-def test_strong_noise_and_its_opposite_both_increase_the_loss():
-    model = shipped_model()
-    x, y, _ = saliency.make_images(100)
-    signs = torch.randn(x.shape).sign()
-    losses = []
-    for step in (0, 16 / 255 * signs, -16 / 255 * signs):
-        logits = model((x + step).clamp(0, 1)).double()
-        losses.append(F.cross_entropy(logits, y, reduction="none"))
-    both = (losses[1] > losses[0]) & (losses[2] > losses[0])
-    assert both.float().mean() > 0.5
-
-
-def test_where_the_image_is_flat_the_saliency_repeats_every_four_pixels():
-    x = torch.full((1, 3, 64, 64), 0.3)
-    model = saliency.small_resnet(4).eval()
-    gradient, _ = saliency.calculate_jacobian(model, x, torch.tensor([0]))
-    inner = saliency.saliency_map(gradient)[0, 20:44, 20:44]
-    assert torch.allclose(inner[4:, 4:], inner[:-4, :-4], atol=1e-4)
-    assert not torch.allclose(inner[2:, 2:], inner[:-2, :-2], atol=1e-2)
-
-
-def test_the_untrained_gradient_near_the_shape_is_no_larger_but_varies_more():
-    images, labels, masks = saliency.make_images(300)
-    model = saliency.small_resnet(4).eval()
-    gradient, _ = saliency.calculate_jacobian(model, images, labels)
-    norm = gradient.norm(dim=1)[:, 4:28, 4:28]  # the padding changes the border
-    near = saliency.within_two_pixels(masks)[:, 4:28, 4:28] == 1
-    assert norm[near].mean().item() == pytest.approx(norm[~near].mean().item(), rel=0.1)
-    cells = norm.view(300, 6, 4, 6, 4)  # the pattern repeats every four pixels
-    pattern = cells.mean(dim=(1, 3), keepdim=True)
-    variation = (cells - pattern).reshape(300, 24, 24)
-    assert variation[near].std() > 1.15 * variation[~near].std()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2120,13 +1569,6 @@ def short_saliency_training(tmp_path_factory):
     return values, output, folder
 
 
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    """A run with the shipped weights: the script's globals and what it printed."""
-    folder = tmp_path_factory.mktemp("loaded")
-    return run("saliency.py", "--load", SALIENCY_WEIGHTS, "--out_dir", folder)
-
-
 def test_the_three_adversarial_examples_fool_the_network(loaded):
     values, _ = loaded
     names = ("images", "labels", "adversarial")
@@ -2135,27 +1577,18 @@ def test_the_three_adversarial_examples_fool_the_network(loaded):
     assert saliency.is_correct(values["model"], attacked, y).tolist() == [False] * 3
 
 
-def test_the_circle_is_at_the_most_salient_pixel_of_each_image(monkeypatch):
+def test_a_circle_is_at_the_most_salient_pixel_and_the_title_of_a_wrong_prediction_is_red(figures):
     class Model(nn.Module):  # looks at one pixel, in bright images at another
         def forward(self, x):
             return torch.where(x.mean(dim=(2, 3)) > 0.5, x[:, :, 7, 1], x[:, :, 2, 5])
 
     x = torch.tensor([0.2, 0.8]).view(2, 1, 1, 1).expand(2, 3, 9, 9)
-    figures = []
-    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
     saliency.plot_samples(Model().eval(), x, torch.tensor([0, 1]), "rgb", io.BytesIO())
-    circles = [axis.collections[0].get_offsets().tolist() for axis in figures[0].axes]
+    axes = figures[0].axes
+    circles = [axis.collections[0].get_offsets().tolist() for axis in axes]
     assert circles == [[[5, 2]], [[1, 7]]] * 2
-
-
-def test_the_title_of_a_wrong_prediction_is_red_and_has_its_probability(monkeypatch):
-    x = torch.tensor([0.9, 0.1, 0.2]).view(1, 3, 1, 1).expand(2, 3, 9, 9)
-    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    figures = []
-    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
-    saliency.plot_samples(model, x, torch.tensor([0, 1]), "abc", io.BytesIO())
-    titles = [(axis.get_title(), axis.title.get_color()) for axis in figures[0].axes[:2]]
-    assert titles == [("a 0.514", "black"), ("a 0.514", "red")]
+    titles = [(axis.get_title(), axis.title.get_color()) for axis in axes[:2]]
+    assert titles == [("r 0.333", "black"), ("r 0.333", "red")]
 
 
 def test_the_loss_of_step_0_is_nearly_that_of_a_uniform_prediction(short_saliency_training):
@@ -2177,15 +1610,9 @@ def test_loading_the_weights_prints_and_draws_what_training_did(short_saliency_t
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
 
 
-def test_a_training_that_diverges_ends_with_one_sentence_and_saves_nothing(tmp_path):
-    with pytest.raises(SystemExit, match="step .: the loss is (inf|nan), try a smaller --lr"):
-        run("saliency.py", "--lr", 1e30, "--n_images", 100, "--out_dir", tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def test_resnet18_has_the_keys_and_shapes_of_torchvision():
     """The checksum is that of torchvision 0.28: `name shape` for all of resnet18().state_dict()."""
-    state = saliency.resnet18().state_dict()
+    state = saliency.ResNet18().state_dict()
     lines = [f"{name} {tuple(value.shape)}" for name, value in state.items()]
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == \
         "84fb10d9c6905a1cbb020b284537dc97c4f4ec55fb2a780a41152a23a2dd0e9d"
@@ -2193,7 +1620,7 @@ def test_resnet18_has_the_keys_and_shapes_of_torchvision():
 
 def test_resnet18_has_the_outputs_of_torchvision_with_equal_weights():
     """The numbers are those of torchvision 0.28, for colors normalized as its weights ask."""
-    model = saliency.resnet18().eval()
+    model = saliency.ResNet18().eval()
     for name, value in model.state_dict().items():
         if value.is_floating_point():
             n = torch.arange(value.numel(), dtype=torch.float64).view(value.shape)
@@ -2210,10 +1637,8 @@ def test_resnet18_has_the_outputs_of_torchvision_with_equal_weights():
 
 
 @pytest.mark.parametrize("mode, file_format, color, expected", [
-    ("RGB", "PNG", (204, 102, 51), (0.8, 0.4, 0.2)),
     ("RGB", "JPEG", (204, 102, 51), (0.8, 0.4, 0.2)),
-    ("L", "JPEG", 51, (0.2, 0.2, 0.2)),  # gray
-    ("L", "PNG", 51, (0.2, 0.2, 0.2))])
+    ("L", "PNG", 51, (0.2, 0.2, 0.2))])  # gray
 def test_an_image_is_read_by_its_content_not_its_name(mode, file_format, color, expected, tmp_path):
     path = tmp_path / "image.png"
     matplotlib.image.PIL.Image.new(mode, (30, 30), color).save(path, file_format)
@@ -2248,24 +1673,22 @@ def test_an_image_that_cannot_be_read_is_named_in_one_sentence(tmp_path):
     matplotlib.image.PIL.Image.new("RGBA", (30, 30)).save(transparent)
     deep = tmp_path / "deep.tiff"
     matplotlib.image.PIL.Image.new("I;16", (30, 30), 13107).save(deep)
-    for path in (half, transparent, deep, tmp_path, tmp_path / "missing.png"):
+    for path in (half, transparent, deep, tmp_path / "missing.png"):
         with pytest.raises(SystemExit, match=f"cannot read {path}: no such file, or not 8-bit"):
             saliency.read_image(path)
 
 
-@pytest.mark.parametrize("image, accuracy", [(["a.png", "a.png"], "1.0000"), (None, "0.5000")])
+@pytest.mark.parametrize("photos, accuracy", [(["a.png"], "1.0000"), ([], "0.5000")])
 def test_photographs_have_the_labels_of_imagenet_and_your_own_the_predicted_class(
-        image, accuracy, tmp_path, monkeypatch):
+        photos, accuracy, tmp_path, monkeypatch):
     save_gray("a.png", torch.rand(30, 30))
     (tmp_path / "imagenet_classes.txt").write_text("name\n" * 1000)
-    model = saliency.resnet18()
+    model = saliency.ResNet18()
     model.fc.bias.data[7] = 1000  # always predicts class 7
-    torch.save(model.state_dict(), os.path.basename(saliency.WEIGHTS[0]))
-    monkeypatch.setattr("saliency.DATA", ".")
-    monkeypatch.setattr("saliency.download", lambda *args: None)
+    torch.save(model.state_dict(), os.path.basename(saliency.WEIGHTS_URL))
+    monkeypatch.setattr("saliency.download", lambda url, *_: os.path.basename(url))
     monkeypatch.setattr("saliency.PHOTOGRAPHS", [("a.png", 7, ""), ("a.png", 8, "")])
-    args = argparse.Namespace(weights="imagenet", image=image, eps=0.01, device="cpu",
-                              out_dir="out")
+    args = argparse.Namespace(photos=photos, load=None, eps=0.01, device="cpu", out_dir="out")
     assert saliency.photographs(args).startswith(f"accuracy={accuracy} ")
     assert len(os.listdir("out")) == 2
 
@@ -2279,23 +1702,20 @@ NO_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
 @pytest.mark.parametrize("script, options, message", [
     ("attention.py", "--steps -5", "argument --steps: invalid int from 1 to inf value: '-5'"),
     ("attention.py", f"--device {NO_DEVICE}", "no such device"),
-    ("parity.py", "--n_layers -1", "invalid int from 0"),
-    ("parity.py", "--lr 1e30", "the loss is nan, try a smaller --lr"),
+    ("counting.py", "--lr nan", "argument --lr: invalid float from 0 to inf value: 'nan'"),
     ("counting.py", "--sequence=0,1,3", "expected 1 to 10 digits from 0 to 2"),
     ("counting.py", "--sequence=", "expected 1 to 10 digits"),
     ("counting.py", f"--sequence={'0,' * 11}", "expected 1 to 10 digits"),
-    ("counting.py", "--lr nan", "argument --lr: invalid float from 0 to inf value: 'nan'"),
-    ("counting.py", "--batch_size 0", "argument --batch_size: invalid int from 1 to inf"),
-    ("translate.py", "--line 209774", "toy has lines 1 to 209773"),
+    ("translate.py", "--dropout 1.5", "argument --dropout: invalid float from 0 to 1 value: '1.5'"),
     ("translate.py", "--n_heads 3", "--n_heads 3 does not divide --d_model 64"),
     ("translate.py", "--plot", "--load and --plot need --test, --line or --text"),
-    ("translate.py", "--resume", "nothing to resume"),
+    ("translate.py", "--line 0", "argument --line: invalid int from 1 to inf value: '0'"),
+    ("translate.py", "--resume", "translate_toy.pt.checkpoint (FileNotFoundError): --resume needs"),
     ("translate.py", "--data missing.tsv", "cannot read missing.tsv"),
     ("translate.py", "--data missing.tsv --test", "no shipped weights for missing.tsv: use --load"),
-    ("saliency.py", "--image photo.jpg", "--image needs --weights"),
+    ("translate.py", "--test --load missing.pt", "cannot load missing.pt (FileNotFoundError)"),
+    ("saliency.py", "--photos missing.jpg", "cannot read missing.jpg"),
     ("saliency.py", "--load missing.pt", "cannot load missing.pt: --load needs a file"),
-    ("saliency.py", "--weights missing.pt --image missing.jpg", "cannot read missing.jpg"),
-    ("saliency.py", "--eps 2", "argument --eps: invalid float from 0.0001 to 1 value: '2'"),
 ])
 def test_a_likely_mistake_gives_one_clear_sentence_and_leaves_no_file(
         script, options, message, tmp_path, capsys):
@@ -2303,6 +1723,31 @@ def test_a_likely_mistake_gives_one_clear_sentence_and_leaves_no_file(
         run(script, "--out_dir", tmp_path, *options.split())
     assert message in capsys.readouterr().err + str(stop.value.code)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_folder_that_cannot_be_made_is_named_before_the_training(script, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    with pytest.raises(SystemExit, match=f"^cannot write to {file}: .*$"):
+        run(script, "--out_dir", file)
+    assert file.read_text() == "kept"
+
+
+@pytest.mark.parametrize("script, options, file", [
+    ("parity.py", [], "parity_curve.png"),
+    ("counting.py", [], "counting_sigmoid.png"),
+    ("translate.py", [*TINY, "--data", "pairs.tsv"], "translate_pairs.tsv.pt"),
+    ("saliency.py", ["--n_images", 100], "saliency.pt")])
+def test_a_loss_that_is_not_finite_ends_the_training_and_replaces_no_file(
+        script, options, file, pairs_file, tmp_path):
+    shutil.copy(pairs_file, ".")
+    path = tmp_path / "out" / file
+    path.parent.mkdir()
+    path.write_text("old")
+    with pytest.raises(SystemExit, match=r"^step \d+: the loss is (nan|inf), try a smaller --lr$"):
+        run(script, *options, "--lr", "1e30")
+    assert path.read_text() == "old"
 
 
 def bytes_of(content):
@@ -2320,9 +1765,7 @@ class Code:
 
 
 NO_WEIGHTS = {
-    "nothing": b"",
     "text": b"<html>not found</html>",
-    "half a file": bytes_of(torch.ones(999))[:1000],
     "another network": bytes_of(nn.Linear(2, 2).state_dict()),
     "code": bytes_of(Code()),
 }
@@ -2331,24 +1774,14 @@ NO_WEIGHTS = {
 @pytest.mark.parametrize("content", NO_WEIGHTS.values(), ids=NO_WEIGHTS)
 @pytest.mark.parametrize("load", [
     lambda path: translate.load_model(str(path), "cpu"),
-    lambda path: saliency.load_weights(saliency.small_resnet(4), path, "--load needs ...")])
+    lambda path: saliency.load_weights(saliency.small_resnet(4), path)])
 def test_a_file_without_weights_is_named_in_one_sentence_and_neither_changed_nor_executed(
         load, content, tmp_path):
-    path = tmp_path / "translate_toy.pt"
+    path = tmp_path / "file"
     path.write_bytes(content)
-    with pytest.raises(SystemExit, match=f".*{path}.*(: delete it|: --load|: --weights).*$"):
+    with pytest.raises(SystemExit, match=f"cannot load {path}.*: --load needs"):
         load(path)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [content]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_import_torch_matplotlib_the_standard_library_and_six_shared_names(script):
-    imports = re.findall(r"^ *(?:import|from) (\w+)(.*)", read(script), re.M)
-    shared = {"attention", "plot_attention", "parse_args", "number", "make_folder", "download"}
-    for module, rest in imports:
-        assert module in {*sys.stdlib_module_names, "torch", "matplotlib", "attention"}
-        if module == "attention":
-            assert set(re.findall(r"\w+", rest)) <= {"import", *shared}
 
 
 def readme_outputs():
