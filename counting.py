@@ -46,8 +46,7 @@ from attention import attention, make_folder, number, parse_args
 # questions are always the same: how many 0s, how many 1s, ...? After attention, the query is added
 # to the output and LayerNorm follows, as in a Transformer block. The queries start with small
 # numbers, so all scores are near 0, and no query strongly prefers a digit. (With 1.0 instead of
-# 0.3, softmax settles on wrong digits, because a softmax with one weight near 1 hardly changes any
-# more. See the exercise in README.md.)
+# 0.3, softmax settles on wrong digits, see the exercise in README.md.)
 class CountingModel(nn.Module):
     """One-hot digits (B, T, V) -> logits of the counts (B, V, L+1) and the weights (B, V, T).
 

@@ -201,7 +201,7 @@ def one_string_per_count(seq_len, device="cpu"):
 # step 95, 0.06 at 105, 0.20 at 120 and 0.71 at 145. This reinforces itself: f is proportional to
 # the weights and bias of the last layer, so if they grow by 1%, so does the component, and the
 # larger it is, the more the loss falls. (Without chance differences the plateau also ends, but
-# later: see README, exercise 2. The component is never exactly 0, so the loss has a small gradient
+# later: see README, exercise 1. The component is never exactly 0, so the loss has a small gradient
 # along it from the start.)
 #
 # The loss spikes later because some steps are too large. By then f jumps by 10 to 20 between

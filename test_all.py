@@ -168,7 +168,9 @@ def test_a_mask_of_numbers_is_refused():
 
 
 def test_the_dictionary_learns_to_compare(tmp_path):
-    values, output = run("attention.py", "--steps", 200, "--out_dir", tmp_path)
+    seed = 2 ** 63 - 1  # the largest one
+    values, output = run("attention.py", "--steps", 200, "--seed", seed, "--out_dir", tmp_path)
+    assert torch.initial_seed() == seed
     result = result_of(output)
     assert result["accuracy"] > 0.999
     assert values["test_target"].shape == (1000, 12)
@@ -210,14 +212,6 @@ def test_every_line_is_printed_at_once_even_with_characters_that_the_console_doe
 def test_ctrl_c_and_a_closed_pipe_end_a_script_without_a_traceback(monkeypatch):
     parse(monkeypatch)
     assert [signal.getsignal(name) for name in SIGNALS] == [signal.SIG_DFL] * len(SIGNALS)
-
-
-def test_the_seed_has_at_most_63_bits(monkeypatch, capsys):
-    parse(monkeypatch, "--seed", str(2 ** 63 - 1))
-    assert torch.initial_seed() == 2 ** 63 - 1
-    with pytest.raises(SystemExit):
-        parse(monkeypatch, "--seed", str(2 ** 63))
-    assert "argument --seed: invalid int from 0 to 9223372036854775807" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind, least, most, good, bad", [
@@ -303,13 +297,6 @@ def test_the_classifier_sees_only_the_fraction_of_ones():
     assert_close(model(strings), model(shuffled))
 
 
-def test_width_1_gives_all_strings_the_same_logits():
-    model = classifier(1, 1, 1, 1, 2)
-    strings, _, _ = parity.one_string_per_count(10)
-    logits = model(strings)
-    assert (logits == logits[0]).all()
-
-
 def test_the_exact_accuracy_is_that_of_trying_all_strings():
     model = classifier(8, 4, 2, 1, 2)
     accuracy, correct, _ = parity.exact_accuracy(model, 8)
@@ -318,13 +305,11 @@ def test_the_exact_accuracy_is_that_of_trying_all_strings():
     assert sum(math.comb(8, c) for c in range(9) if correct[c]) == n_right
 
 
-COUNTS = torch.arange(11)
-
-
 def test_powers_of_the_count_below_the_length_have_no_parity_component():
-    assert parity.parity_component(2 * (COUNTS % 2) - 1) == 1
+    counts = torch.arange(11)
+    assert parity.parity_component(2 * (counts % 2) - 1) == 1
     for power in range(11):
-        component = parity.parity_component(COUNTS.double() ** power)
+        component = parity.parity_component(counts.double() ** power)
         assert (component == 0) == (power < 10)
 
 
@@ -369,16 +354,6 @@ def test_the_smallest_networks_are_right_on_as_many_strings_as_claimed(params, n
     assert parity.count_right(model, 10) == n_right
     _, _, f = parity.exact_accuracy(model, 10)
     assert f.abs().min() > 0.1
-
-
-@torch.no_grad()
-def test_the_block_of_the_exercise_folds_the_counts():
-    model = saved_classifier(58)
-    strings, _, _ = parity.one_string_per_count(10)
-    x = model.transformer_model(model.token_embedding(strings))
-    means = model.final_layer_norm(x).mean(dim=1)
-    folded = (1 - 2 * COUNTS / 10).abs()
-    assert_close(means, torch.outer(folded, torch.tensor([1.0, -1.0])), atol=1e-5, rtol=0)
 
 
 def test_a_classifier_without_a_block_has_as_many_parameters_as_its_formula_says():
@@ -428,10 +403,6 @@ def one_hot(sequences):
     return F.one_hot(torch.tensor(sequences), 3).double()
 
 
-def wild_counter(*options):
-    return wild(counting.CountingModel(3, *options).double(), 2.0)
-
-
 def counter_that_answers_3():
     model = counting.CountingModel(3, 10, 8)
     model.out.bias.data[3] = 1000
@@ -440,7 +411,7 @@ def counter_that_answers_3():
 
 @pytest.mark.parametrize("activation, function", ACTIVATIONS.items())
 def test_the_counting_model_is_the_plain_formula(activation, function):
-    model = wild_counter(6, 4, activation)
+    model = wild(counting.CountingModel(3, 6, 4, activation).double(), 2.0)
     x = one_hot([[2, 0, 0, 1, 2], [1, 1, 1, 0, 1]])
     logits, weights = model(x)
     scores = model.query @ model.key(x).transpose(1, 2) / math.sqrt(4)
@@ -450,7 +421,7 @@ def test_the_counting_model_is_the_plain_formula(activation, function):
 
 
 def test_softmax_gives_the_same_logits_to_a_sequence_written_twice_in_any_order():
-    model = wild_counter(10, 8, "softmax")
+    model = wild(counting.CountingModel(3, 10, 8, "softmax").double(), 2.0)
     once, _ = model(one_hot([[0, 1, 1, 2, 1]]))
     twice, _ = model(one_hot([[1, 1, 1, 1, 1, 1, 0, 2, 0, 2]]))
     assert_close(once, twice)
@@ -505,19 +476,15 @@ def counted(tmp_path_factory):
     return run("counting.py", "--sequence_length", 5, "--steps", 400, "--out_dir", folder)
 
 
-def test_a_short_training_counts_right_at_all_lengths(counted):
+def test_a_short_training_counts_right_and_each_query_attends_to_its_own_digit(counted):
     values, output = counted
     assert values["scores"] == [1.0] * 5
     assert "length 5: 1.0000 of 243 sequences; mean over lengths 1 to 5: 1.0000\n" in output
     assert result_of(output)["accuracy_all"] == 1
     assert logged_steps(output) == [0, 200]
-
-
-def test_each_query_attends_to_its_own_digit(counted):
-    weights = counted[0]["weights"][0]  # one query a row, one digit a column
-    own = weights.diagonal()
-    assert 0.2 < own.min()
-    assert own.max() < 0.7
+    weights = values["weights"][0]  # one query a row, one digit a column
+    assert 0.2 < weights.diagonal().min()
+    assert weights.diagonal().max() < 0.7
     assert weights[~torch.eye(3).bool()].max() < 0.1
 
 
@@ -659,22 +626,7 @@ def test_word_dropout_zeroes_whole_tokens_at_half_the_rate():
     assert dropped.float().mean().item() == pytest.approx(0.4, abs=0.05)
 
 
-def test_no_token_sees_a_later_one():
-    model = transformer()
-    src = torch.randint(3, 20, (4, 7))
-    tgt = torch.randint(3, 20, (4, 6))
-    logits, _ = model(src, tgt)
-    beginning, _ = model(src, tgt[:, :3])
-    assert_close(logits[:, :3], beginning)
-
-
-def test_padding_gets_no_attention():
-    src = torch.tensor([[5, 6, 2, translate.PAD, translate.PAD]])
-    _, weights = transformer()(src, src)
-    assert (weights[..., 3:] == 0).all()
-
-
-def test_decoding_with_the_cache_equals_decoding_at_once_and_reads_the_source_once():
+def test_decoding_with_the_cache_equals_decoding_at_once_so_no_token_sees_a_later_one():
     model = transformer()
     tgt = torch.randint(3, 20, (3, 6))
     src = torch.randint(3, 20, (3, 7))
@@ -721,10 +673,6 @@ def test_a_toy_sentence_is_in_one_part_and_once(part, monkeypatch):
 
 # --------------------------------------------------------------------------------------------------
 # translate.py: everyday sentences and text files
-def test_white_space_and_composed_characters_make_no_difference():
-    assert translate.normalize(" Ein\u00a0 Hund\tla\u0308uft.\r\n") == "Ein Hund läuft."
-
-
 def test_everyday_sentences_are_read_from_their_zip(monkeypatch, tmp_path):
     monkeypatch.setattr("translate.DATA_FOLDER", str(tmp_path))
     monkeypatch.setattr("translate.download", lambda *_: None)
@@ -758,10 +706,10 @@ PAIRS = [
     ("Feuer!", "Fire!"), ("Feuer!", "Shoot!")]                  # test
 
 
-@pytest.mark.parametrize("part, expected", [
-    ("train", PAIRS[:2]), ("val", PAIRS[2:3]), ("test", PAIRS[5:6])])
-def test_held_out_pairs_have_no_sentence_of_training_and_count_once(part, expected):
-    assert translate.split_pairs(PAIRS, part) == expected
+def test_held_out_pairs_have_no_sentence_of_training_and_count_once():
+    assert translate.split_pairs(PAIRS, "train") == PAIRS[:2]
+    assert translate.split_pairs(PAIRS, "val") == PAIRS[2:3]
+    assert translate.split_pairs(PAIRS, "test") == PAIRS[5:6]
 
 
 def test_pairs_that_are_too_long_are_left_out():
@@ -789,22 +737,21 @@ def test_what_is_not_unicode_is_replaced():
     assert tokenizer.decode(tokenizer.encode("\ud800")) == "?"                # half a pair
 
 
-def test_incremental_merges_are_those_of_counting_all_pairs_again():
-    text = " ".join(translate.toy_pair(n)[0] for n in range(1, 100))
+def test_merges_are_those_of_counting_all_pairs_again_until_none_occurs_twice():
+    text = " ".join(translate.toy_pair(n)[0] for n in range(1, 30))
     words = [translate.Tokenizer([]).encode(word) for word in translate.WORD.findall(text)]
     expected = []
-    for n in range(80):
+    for n in range(1000):
         counts = collections.Counter()
         for word in words:
             counts.update(zip(word, word[1:]))
         pair = min(counts, key=lambda pair: (-counts[pair], pair))
+        if counts[pair] < 2:
+            break
         expected.append(pair)
         words = [translate.merge(word, pair, 259 + n) for word in words]
-    assert translate.learn_merges([text], 80) == expected
-
-
-def test_merging_stops_when_no_pair_occurs_twice():
-    assert len(translate.learn_merges(["abc", "abd"], 50)) == 1
+    assert translate.learn_merges([text], 1000) == expected
+    assert translate.learn_merges([text], 9) == expected[:9]
 
 
 @pytest.mark.parametrize("folded, texts", [
@@ -814,22 +761,19 @@ def test_merging_stops_when_no_pair_occurs_twice():
         "\ufeffBel\u00adlo sagte: \u200b\"Es geht's an.\u200e\""]),
     ("u-bahn - ja", ["U-Bahn - ja", "U‐Bahn – ja", "U‑Bahn — ja", "U−Bahn ― ja"]),
     ("uebergroessentraeger", [
-        "Übergrößenträger", "übergrößenträger", "ÜBERGRÖSSENTRÄGER", "Uebergroessentraeger"])])
+        "Übergrößenträger", "ÜBERGRÖSSENTRÄGER", "Uebergroessentraeger",
+        "\u00a0U\u0308bergrößenträger\r\n"])])
 def test_all_ways_of_typing_are_the_same_to_the_model(folded, texts):
     assert {translate.fold(text) for text in texts} == {folded}
 
 
-def test_a_capital_letter_becomes_a_mark_and_a_small_letter():
-    assert translate.mark_capitals("My name is Anna.") == "↑ my name is↑ anna."
-    assert translate.mark_capitals("I'm on TV, McDonald.") == "↑ i'm on TV, McDonald."
-
-
-@pytest.mark.parametrize("text", [
-    "My name is Anna.", "I'm on TV, McDonald.", '"Oh, A-B is É, Zoë," he said.',
-    "x X xX Xx XX Éa aÉ",
-    "", "(Yes)A", "Straße ÄB Äb A1 1A A_B"])
-def test_marking_capitals_loses_nothing(text):
-    assert translate.restore_capitals(translate.mark_capitals(text)) == text
+@pytest.mark.parametrize("text, marked", [
+    ("My name is Anna.", "↑ my name is↑ anna."), ("I'm on TV, McDonald.", "↑ i'm on TV, McDonald."),
+    ('"Oh, A-B is Zoë, A1 (Yes)A', ' "↑oh,↑ a-↑b is↑ zoë,↑ a1 (↑yes)↑a'),
+    ("x X xX Xx XX Éa aÉ", " x↑ x xX↑ xx XX Éa aÉ"), ("", " ")])
+def test_a_capital_letter_becomes_a_mark_and_a_small_letter_and_back(text, marked):
+    assert translate.mark_capitals(text) == marked
+    assert translate.restore_capitals(marked) == text
 
 
 def test_a_name_has_the_same_tokens_in_both_languages_wherever_it_stands():
@@ -1057,13 +1001,6 @@ def toy_model():
     return model, tokenizer
 
 
-def tokens_of(tokenizer, german, english):
-    src = torch.tensor([translate.encode_source(tokenizer, german)])
-    english = translate.mark_capitals(english)
-    tgt = torch.tensor([[translate.BOS] + tokenizer.encode(english)])
-    return src, tgt
-
-
 def test_chance_and_diagonal_of_line_7_are_those_of_its_alignment(toy_model):
     _, chance, diagonal = translate.alignment_accuracy(*toy_model, [translate.toy_pair(7)])
     assert chance.item() == pytest.approx(8 / 9 / 7)
@@ -1087,12 +1024,12 @@ def test_the_heatmap_shows_the_weights_of_the_translation_and_marks_the_right_wo
                         lambda *args, marks, **_: drawn.extend([*args, marks]))
     translate.plot_cross_attention(model, tokenizer, german, 1, "out/x", english, alignment)
     weights, source_labels, written_labels, _, marks = drawn
-    _, expected = model(*tokens_of(tokenizer, german, english))
+    src = torch.tensor([translate.encode_source(tokenizer, german)])
+    english_tokens = tokenizer.encode(translate.mark_capitals(english))
+    _, expected = model(src, torch.tensor([[translate.BOS] + english_tokens]))
     assert_close(weights, expected[0])
-    assert source_labels == ["_ein", "_kleines", "_maedchen", "_besucht", "_den", "_koenig", ".",
-                             "<eos>"]
-    assert written_labels == ["↑", "_a", "_small", "_girl", "_visits", "_the", "_king", ".",
-                              "<eos>"]
+    assert " ".join(source_labels) == "_ein _kleines _maedchen _besucht _den _koenig . <eos>"
+    assert " ".join(written_labels) == "↑ _a _small _girl _visits _the _king . <eos>"
     assert marks.nonzero().tolist() == [[t + 1, s] for t, [s] in enumerate(alignment)]
 
 
@@ -1166,12 +1103,10 @@ def test_the_script_learns_from_about_the_loss_of_a_uniform_prediction(trained):
 
 
 def test_the_tokenizer_learns_from_the_training_part_of_both_languages(trained, pairs_file):
-    saved = torch.load(trained[0] / "translate_pairs.tsv.pt", weights_only=True)
     pairs = translate.load_pairs(str(pairs_file), "train")
     texts = [" " + translate.fold(german) for german, _ in pairs]
     texts += [translate.mark_capitals(english) for _, english in pairs]
-    merges = saved["merges"]
-    assert merges == translate.learn_merges(texts, len(merges))
+    assert trained[1]["merges"] == translate.learn_merges(texts, 50)
 
 
 def test_weights_that_were_just_trained_are_used_with_load(trained, pairs_file, capsys):
@@ -1180,14 +1115,6 @@ def test_weights_that_were_just_trained_are_used_with_load(trained, pairs_file, 
     _, output = run("translate.py", "--test", "--load", weights)     # the file knows its data
     assert set(result_of(output)) == {"exact", "bleu", "params", "seconds"}
     assert f"weights from {weights}" in capsys.readouterr().err
-
-
-def test_load_ignores_what_lies_in_the_output_folder(trained, monkeypatch):
-    monkeypatch.chdir(trained[0])
-    os.makedirs("out", exist_ok=True)
-    shutil.copy("translate_pairs.tsv.pt", "out/translate_toy.pt")
-    _, output = run("translate.py", "--data", "toy", "--text", "Den Vogel weckt der Hund.")
-    assert output == "The dog wakes the bird.\n"
 
 
 def test_a_missing_text_file_is_named_with_load_and_data_replaces_it(trained):
@@ -1265,17 +1192,11 @@ def test_the_norm_of_the_gradient_is_limited_to_1(one_step):
     assert norms.norm().item() == pytest.approx(1, rel=1e-3)
 
 
-def test_a_save_that_is_interrupted_keeps_the_old_file(monkeypatch, tmp_path):
+def test_a_save_that_fails_keeps_the_old_file(tmp_path):
     path = tmp_path / "weights"
     path.write_text("old")
-
-    def interrupted(content, path):
-        with open(path, "w"):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("torch.save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        translate.save({}, str(path))
+    with pytest.raises(Exception, match="pickle"):
+        translate.save(lambda: "a function cannot be saved", str(path))
     assert path.read_text() == "old"
 
 
@@ -1343,20 +1264,11 @@ def test_two_processes_have_the_gradients_of_one(one_step, pairs_file, monkeypat
         assert_close(ours.grad, expected.grad)
 
 
-def stdin_of(content):
-    return io.TextIOWrapper(io.BytesIO(content))
-
-
 def test_lines_of_standard_input_are_translated_in_order(monkeypatch):
     content = "\ufeffDas Pferd jagt die alte Maus.\r\n\r\nDen  Vogel weckt der Hund.".encode()
-    monkeypatch.setattr("sys.stdin", stdin_of(content))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
     _, output = run("translate.py", "--data", "toy", "--text", "-")
     assert output == "The horse chases the old mouse.\n\nThe dog wakes the bird.\n"
-
-
-@pytest.mark.parametrize("data", ["toy", "tatoeba"])
-def test_the_shipped_weights_have_at_most_8_mb(data):
-    assert os.path.getsize(os.path.join(HERE, "assets", f"translate_{data}.pt")) <= 8_000_000
 
 
 def test_every_text_gets_its_own_heatmap(toy_model):
@@ -1487,6 +1399,7 @@ V = OFFSETS.view(32, 1).expand(32, 32)
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """A run with the shipped weights: the script's globals and what it printed."""
+    torch.set_num_threads(2)  # no other test computes as much
     folder = tmp_path_factory.mktemp("loaded")
     return run("saliency.py", "--load", SALIENCY_WEIGHTS, "--out_dir", folder)
 
@@ -1496,6 +1409,15 @@ def test_an_upright_image_shows_the_shape_of_its_label():
     for label, mask in zip(labels, masks):
         shape = getattr(saliency, saliency.CLASSES[label])
         assert torch.equal(mask, shape(U / 9, V / 9))
+
+
+def test_in_each_color_the_shape_is_brighter_than_the_whole_background_or_darker():
+    images, _, masks = saliency.make_images(40)
+    for i in range(40):
+        for channel in images[i]:
+            inside = channel[masks[i]]
+            outside = channel[~masks[i]]
+            assert inside.min() > outside.max() or inside.max() < outside.min()
 
 
 def test_shapes_are_moved_by_at_most_7_pixels_rotated_and_up_to_9_pixels_large():
@@ -1509,15 +1431,6 @@ def test_shapes_are_moved_by_at_most_7_pixels_rotated_and_up_to_9_pixels_large()
     assert 36 < area.min() < 50 and 74 < area.max() < 88
     wide = bars.amax(dim=1).sum(dim=1) > bars.amax(dim=2).sum(dim=1)
     assert 0.2 < wide.float().mean() < 0.8
-
-
-def test_in_each_color_the_shape_is_brighter_than_the_whole_background_or_darker():
-    images, _, masks = saliency.make_images(40)
-    for i in range(40):
-        for channel in images[i]:
-            inside = channel[masks[i]]
-            outside = channel[~masks[i]]
-            assert inside.min() > outside.max() or inside.max() < outside.min()
 
 
 def test_pointing_allows_for_two_pixels():
@@ -1701,10 +1614,10 @@ NO_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
 
 @pytest.mark.parametrize("script, options, message", [
     ("attention.py", "--steps -5", "argument --steps: invalid int from 1 to inf value: '-5'"),
+    ("attention.py", f"--seed {2 ** 63}", "--seed: invalid int from 0 to 9223372036854775807"),
     ("attention.py", f"--device {NO_DEVICE}", "no such device"),
     ("counting.py", "--lr nan", "argument --lr: invalid float from 0 to inf value: 'nan'"),
     ("counting.py", "--sequence=0,1,3", "expected 1 to 10 digits from 0 to 2"),
-    ("counting.py", "--sequence=", "expected 1 to 10 digits"),
     ("counting.py", f"--sequence={'0,' * 11}", "expected 1 to 10 digits"),
     ("translate.py", "--dropout 1.5", "argument --dropout: invalid float from 0 to 1 value: '1.5'"),
     ("translate.py", "--n_heads 3", "--n_heads 3 does not divide --d_model 64"),
@@ -1750,38 +1663,17 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_replaces_no_file(
     assert path.read_text() == "old"
 
 
-def bytes_of(content):
-    """What torch.save writes."""
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
-
-
-class Code:
-    """What a pickle can contain: a function call, executed when the file is loaded."""
-
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
-NO_WEIGHTS = {
-    "text": b"<html>not found</html>",
-    "another network": bytes_of(nn.Linear(2, 2).state_dict()),
-    "code": bytes_of(Code()),
-}
-
-
-@pytest.mark.parametrize("content", NO_WEIGHTS.values(), ids=NO_WEIGHTS)
 @pytest.mark.parametrize("load", [
     lambda path: translate.load_model(str(path), "cpu"),
     lambda path: saliency.load_weights(saliency.small_resnet(4), path)])
-def test_a_file_without_weights_is_named_in_one_sentence_and_neither_changed_nor_executed(
-        load, content, tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(content)
-    with pytest.raises(SystemExit, match=f"cannot load {path}.*: --load needs"):
-        load(path)
-    assert [file.read_bytes() for file in tmp_path.iterdir()] == [content]
+def test_a_file_with_other_or_damaged_weights_is_named_in_one_sentence(load, tmp_path):
+    other = tmp_path / "other.pt"
+    torch.save(nn.Linear(2, 2).state_dict(), other)
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(other.read_bytes()[:500])
+    for path in (other, damaged):
+        with pytest.raises(SystemExit, match=f"cannot load {path}.*: --load needs"):
+            load(path)
 
 
 def readme_outputs():
