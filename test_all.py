@@ -1281,24 +1281,84 @@ EVERYDAY = {
     "Wie geht es dir?": "How are you doing?",
     "Ich habe Hunger.": "I'm hungry.",
     "Ich liebe dich.": "I love you.",
-    "Wo ist der Bahnhof?": "Where is the station?",
+    "Wo ist der Bahnhof?": "Where's the train station?",
     "Das Buch liegt auf dem Tisch.": "The book is on the table.",
     "ICH WEISS NICHT, WAS ICH SAGEN SOLL.": "I don't know what to say.",
     "Kannst du mir helfen?": "Can you help me?",
     "Es tut mir leid.": "I'm sorry.",
     "wie spaet ist es": "What time is it?",
     "Ich habe gestern einen Brief geschrieben.": "I wrote a letter yesterday.",
-    "Das ist mir egal.": "I don't care about that.",
+    "Das ist mir egal.": "I don't care.",
     "Ich freue mich auf das Wochenende.": "I'm looking forward to the weekend.",
-    "Gestern hat mir mein Vater ein Buch gegeben.": "Yesterday, my father gave me a book.",
+    "Gestern hat mir mein Vater ein Buch gegeben.": "My father gave me a book yesterday.",
     "Wenn es morgen regnet, bleiben wir zu Hause.": "If it rains tomorrow, we'll stay at home.",
     "Zwei Hunde laufen durch den Schnee.": "Two dogs run through the snow.",
 }
 
 
-def test_everyday_sentences_come_out_right():
-    _, output = run("translate.py", "--text", *EVERYDAY)
-    assert output.splitlines() == list(EVERYDAY.values())
+@pytest.fixture(scope="module")
+def everyday_model():
+    path = os.path.join(HERE, "assets", "translate_tatoeba.pt")
+    model, tokenizer, _ = translate.load_model(path, "cpu")
+    return model, tokenizer
+
+
+def test_everyday_sentences_come_out_right(everyday_model):
+    assert translate.translate(*everyday_model, list(EVERYDAY), 5) == list(EVERYDAY.values())
+
+
+# What people type: names that the corpus does not have, random numbers, and common words. README
+# has the results of beam search.
+NEW_NAMES = ("Anja Bastian Carolin Detlef Elif Falko Gundula Henrike Ingmar Jannik Kordula "
+             "Leonhard Mareike Norbert Quirin Roswitha Svenja Thorben Wiebke Zoran").split()
+NAME_TEMPLATES = ["Ich heiße {}.", "Kennst du {}?", "{} kommt morgen zu uns."]
+NUMBER_TEMPLATES = ["Das Haus hat {} Zimmer.", "Er hat {} Bücher gelesen.",
+                    "In der Stadt leben {} Menschen.", "Ich habe {} Euro bezahlt.",
+                    "Der Zug Nummer {} fährt um acht.", "Sie wohnt in der Bergstraße {}."]
+PRICE_TEMPLATES = ["Das kostet {} Euro.", "Der Preis beträgt {} Euro."]
+SINGLE_WORDS = {
+    "Hund": "dog", "Haus": "house", "Wasser": "water", "Buch": "book", "Apfel": "apple",
+    "Schule": "school", "Auto": "car", "Freund": "friend", "Stadt": "city town", "Tür": "door",
+    "Brot": "bread", "Arzt": "doctor", "Fenster": "window", "Zeit": "time", "Katze": "cat",
+    "Bruder": "brother", "Kaffee": "coffee", "Tisch": "table", "Morgen": "morning tomorrow",
+    "schlafen": "sleep sleeping", "essen": "eat eating food", "gehen": "go going",
+    "lesen": "read reading", "schwimmen": "swim swimming", "singen": "sing singing",
+    "groß": "big tall large",
+    "klein": "small little short", "schön": "beautiful nice pretty", "müde": "tired",
+    "rot": "red", "kalt": "cold", "schnell": "fast quick quickly", "glücklich": "happy",
+    "danke": "thanks thank", "bitte": "please", "hallo": "hello hi", "ja": "yes", "nein": "no",
+    "gestern": "yesterday", "heute": "today"}
+
+
+def names_and_numbers():
+    """120 (sentence, what has to stay), half of them with names and half with numbers."""
+    pairs = [(template.format(name), name) for template in NAME_TEMPLATES for name in NEW_NAMES]
+    rng = random.Random(0)
+    for i in range(48):
+        n_digits = 3 + i % 3
+        digits = str(rng.randrange(10 ** (n_digits - 1), 10 ** n_digits))
+        pairs.append((NUMBER_TEMPLATES[i % 6].format(digits), digits))
+    for i in range(12):
+        price = f"{rng.randrange(1, 200)},{rng.randrange(10, 100)}"
+        pairs.append((PRICE_TEMPLATES[i % 2].format(price), price))
+    return pairs
+
+
+def test_most_new_names_and_numbers_are_kept_and_single_words_translated(everyday_model):
+    pairs = names_and_numbers()
+    sentences = [sentence for sentence, _ in pairs] + list(SINGLE_WORDS)
+    translations = translate.translate(*everyday_model, sentences, beam=1)
+    kept = []
+    for (_, to_keep), translation in zip(pairs, translations):
+        # a price may have a point, and a number a comma after the thousands
+        kept.append(re.sub("[.,]", "", to_keep) in re.sub("[.,]", "", translation))
+    n_right = 0
+    for right, translation in zip(SINGLE_WORDS.values(), translations[120:]):
+        words = re.findall(r"\w+", translation.lower())
+        n_right += len(words) <= 2 and not set(right.split()).isdisjoint(words)
+    assert sum(kept[:60]) >= 40
+    assert sum(kept[60:]) >= 48
+    assert n_right >= 28
 
 
 # --------------------------------------------------------------------------------------------------
