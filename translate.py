@@ -1400,7 +1400,7 @@ if __name__ == "__main__":
     if args.load or args.plot:
         parser.error("--load and --plot need --test, --line or --text")
 
-    # several processes, started by torchrun (can be skipped): each takes its share of every batch,
+    # several processes, started by torchrun (can be skipped): each takes a part of every batch,
     # and DistributedDataParallel averages their gradients
     rank = 0            # the number of this process
     world_size = 1      # the number of processes
