@@ -100,7 +100,8 @@ def all_sequences(length, vocab_size):
 @torch.no_grad()
 def accuracy(model, digits, vocab_size):
     """The fraction of the sequences (N, T) with every count right."""
-    x = F.one_hot(digits.to(model.query.device), vocab_size).float()       # (N, T, V)
+    digits = digits.to(model.query.device)
+    x = F.one_hot(digits, vocab_size).float()                              # (N, T, V)
     counts = x.sum(dim=1)                                                  # (N, V)
     logits, _ = model(x)
     right = logits.argmax(dim=-1) == counts                                # (N, V)
@@ -202,9 +203,12 @@ def angles(model, other, length):
     """
     # row i: i zeros, then `other`
     digits = other * torch.ones(length + 1, length, dtype=torch.long).triu()
-    x = F.one_hot(digits, model.key.in_features).float().to(model.query.device)
+    digits = digits.to(model.query.device)
+    x = F.one_hot(digits, model.key.in_features).float()                   # (length+1, length, V)
     query = model.query[:, :1]                                             # (1, 1, hidden)
-    output, _ = attention(query, model.key(x), model.value(x), activation=model.activation)
+    key = model.key(x)
+    value = model.value(x)
+    output, _ = attention(query, key, value, activation=model.activation)
     vectors = (output + query).squeeze(1)                                  # (length+1, hidden)
     normalized = F.layer_norm(vectors, vectors.shape[-1:])
     cosines = F.cosine_similarity(normalized, normalized[:1])
@@ -302,8 +306,9 @@ def compare(args, digits, n_seeds=3):
                 models[f"{activation}, trained at {trained_at}"] = model
         means = accuracies.mean(dim=0).tolist()
         row = " ".join(f"{mean:5.3f}" for mean in means)
-        n_exact = (accuracies[:, -1] == 1).sum()
-        print(f"{activation:13} {trained_at:>12} | {row} | {n_exact} of {n_seeds} seeds")
+        exact = accuracies[:, -1] == 1
+        print(f"{activation:13} {trained_at:>12} | {row} | ", end="")
+        print(f"{exact.sum()} of {n_seeds} seeds")
         if all_lengths:
             result[activation] = means[-1]
     path = os.path.join(args.out_dir, "counting_compare.png")

@@ -539,15 +539,16 @@ if __name__ == "__main__":
 
         # log, before the update, so that all numbers describe the same weights
         accuracy, _, f = exact_accuracy(model, args.seq_len)
+        component = parity_component(f)
         losses.append(loss.item())
         accuracies.append(accuracy)
-        components.append(parity_component(f))
+        components.append(component)
         if step == 0:
             print(f"step 0/{args.steps}: loss {loss:.4f}, "
                   f"uniform prediction ln 2 = {math.log(2):.4f}")
         elif step % 50 == 0:
             print(f"step {step}/{args.steps}: loss {loss:.4f}, accuracy on all strings "
-                  f"{accuracy:.4f}, parity component {components[-1]:.6f}")
+                  f"{accuracy:.4f}, parity component {component:.6f}")
 
         # backward and update; when the loss spikes, the gradient norm can exceed 100, so clip it
         optimizer.zero_grad()
@@ -557,7 +558,8 @@ if __name__ == "__main__":
         scheduler.step()
 
         # stop after 5 low losses in a row
-        if max(losses[-5:]) < 0.002:
+        last_losses = losses[-5:]
+        if max(last_losses) < 0.002:
             break
 
     # evaluation
