@@ -394,11 +394,13 @@ if __name__ == "__main__":
         sequences = all_sequences(length, V)
         scores.append(accuracy(model, sequences, V))
     mean = sum(scores) / L
-    print(f"every count right, at length {L}: {scores[-1]:.4f} of {len(sequences):,} sequences; "
+    accuracy_all = scores[-1]
+    print(f"every count right, at length {L}: {accuracy_all:.4f} of {len(sequences):,} sequences; "
           f"mean over lengths 1 to {L}: {mean:.4f}")
     if args.sequence is None:
         for other in range(1, V):
-            degrees = [f"{angle:.0f}" for angle in angles(model, other, L).tolist()]
+            turned = angles(model, other, L).tolist()
+            degrees = [f"{angle:.0f}" for angle in turned]
             print(f"angles for 0 to {L} zeros, the rest {other}s:", *degrees)
         one_of_each = torch.eye(V, device=args.device).unsqueeze(0)        # (1, V, V): 0, 1, 2, ...
         with torch.no_grad():
@@ -408,4 +410,4 @@ if __name__ == "__main__":
 
     n_params = sum(p.numel() for p in model.parameters())
     seconds = time.perf_counter() - start
-    print(f"result: accuracy_all={scores[-1]:.4f} params={n_params} seconds={seconds:.1f}")
+    print(f"result: accuracy_all={accuracy_all:.4f} params={n_params} seconds={seconds:.1f}")
