@@ -387,6 +387,13 @@ def test_the_sweep_finds_networks_and_draws_every_point_on_its_curve(tmp_path, c
             assert low < y < high
 
 
+def test_the_sweep_gives_up_as_few_strings_as_its_table_says():
+    right = []
+    for _, may_be_wrong in parity.NETWORKS:
+        right.append(2 ** 10 - sum(math.comb(10, c) for c in may_be_wrong))
+    assert right == [968, 1023, 1024]
+
+
 # the part of assets/proof_20.md that trying all answers can check
 def test_answers_with_five_changes_get_at_most_968_strings_right():
     _, parities, fractions = parity.one_string_per_count(10)
@@ -544,7 +551,8 @@ def test_the_heatmaps_have_weights_dots_at_the_true_digits_and_wrong_counts_in_r
     assert [label.get_color() for label in labels] == ["red", "black", "red"]
 
 
-def test_compare_prints_the_mean_accuracy_at_each_length(capsys):
+def test_compare_prints_the_mean_accuracy_at_each_length_and_draws_both_activations(
+        capsys, figures):
     args = counting_options(sequence_length=2, steps=20)
     _, softmax = counting.compare(args, [0, 1], n_seeds=2)
     rows = capsys.readouterr().out.splitlines()[2:7]
@@ -561,6 +569,9 @@ def test_compare_prints_the_mean_accuracy_at_each_length(capsys):
         assert rows[n].startswith(activation)
         assert rows[n].endswith(f"| {means[0]:.3f} {means[1]:.3f} | {n_exact} of 2 seeds")
     assert softmax == means[1]
+    titles = [axis.get_title() for axis in figures[0].axes[:4]]
+    assert titles == ["sigmoid, trained at length 2", "sigmoid, trained at lengths 1-2",
+                      "softmax, trained at length 2", "softmax, trained at lengths 1-2"]
 
 
 # --------------------------------------------------------------------------------------------------
