@@ -93,10 +93,10 @@ class MultiHeadSelfAttention(nn.Module):
 #
 # The paper normalizes the sum, LayerNorm(x + f(x)), as translate.py does (post-norm). Here only the
 # input of f is normalized, x + f(LayerNorm(x)) (pre-norm). Each script follows the exercise sheet
-# (see README). With post-norm, the gradient passes through every LayerNorm on its way to the first
-# layer. At the start it is large near the output, so large steps can throw the model off, and
-# training needs a warm-up: small steps at first. With pre-norm there is a path through the sums
-# alone, and no warm-up is needed (Xiong et al. 2020, https://arxiv.org/abs/2002.04745).
+# (see README). With post-norm, every gradient passes through LayerNorms, and at the start it is
+# large near the output, so large steps can throw the model off, and training needs a warm-up: small
+# steps at first. With pre-norm there is a path through the sums alone, the gradient near the output
+# is smaller, and no warm-up is needed (Xiong et al. 2020, https://arxiv.org/abs/2002.04745).
 class TransformerBlock(nn.Module):
     """Attention, then an MLP, each added to its input, (B, T, d_model) -> (B, T, d_model).
 
@@ -176,13 +176,14 @@ def one_string_per_count(seq_len, device="cpu"):
 # Why there is a plateau, and why it ends
 #
 # The model computes f = logit(odd) - logit(even) from the number of ones c, and answers "odd" where
-# f > 0. At the start f is smooth, close to a polynomial of low degree. Over all strings, parity (-1
-# for even, 1 for odd) is uncorrelated with every polynomial of c of degree below T. (c is the sum
-# of the bits, and every power of a bit is the bit itself. So such a polynomial is a sum of products
-# of fewer than T bits. Each product leaves out a bit, and flipping that bit flips the parity but
-# not the product, so the strings cancel in pairs.) The loss of a string is ln(1 + exp(-f *
-# parity)). For small f this is about ln 2 - f * parity / 2 + f^2 / 8 (the Taylor series, with
-# parity^2 = 1), and its mean over all strings
+# f > 0. At the start f is smooth, close to a polynomial of low degree, because the weights are
+# small and each layer bends little. Over all strings, parity (-1 for even, 1 for odd) is
+# uncorrelated with every polynomial of c of degree below T. (c is the sum of the bits, and every
+# power of a bit is the bit itself. So such a polynomial is a sum of products of fewer than T bits.
+# Each product leaves out a bit, and flipping that bit flips the parity but not the product, so the
+# strings cancel in pairs.) The loss of a string is ln(1 + exp(-f * parity)). For small f this is
+# about ln 2 - f * parity / 2 + f^2 / 8 (the Taylor series, with parity^2 = 1), and its mean over
+# all strings
 #
 #     ln 2 - (mean of f * parity) / 2 + (mean of f^2) / 8
 #
@@ -206,10 +207,10 @@ def one_string_per_count(seq_len, device="cpu"):
 #
 # The loss spikes later because some steps are too large. By then f jumps by 10 to 20 between
 # neighboring numbers of ones, so small changes of the weights change it a lot. Adam's steps do not
-# shrink with the gradient, because Adam divides the gradient by its size. At step 243, f(7) falls
-# from 7.7 to -1.4, and all 120 strings with 7 ones are wrong. Their gradient is large and brings
-# f(7) back within two steps. (With a tenth of the learning rate from step 215 on, this run has no
-# more spikes.)
+# shrink with the gradient, because Adam divides it by an average of its recent size. At step 243,
+# f(7) falls from 7.7 to -1.4, and all 120 strings with 7 ones are wrong. Their gradient is far
+# above that average, and brings f(7) back within two steps. (With a tenth of the learning rate from
+# step 215 on, this run has no more spikes.)
 @torch.no_grad()
 def exact_accuracy(model, seq_len):
     """The accuracy on all 2^T strings, computed from one string for each number of ones 0 ... T.

@@ -109,10 +109,11 @@ class MultiHeadAttention(nn.Module):
         output (B, T, d_model) and the attention weights (B, H, T, S).
 
         The KV cache: when we decode token by token (see `greedy`), earlier tokens do not attend to
-        the new one, so their keys and values stay the same, and the source never changes. So the
-        dict `cache` keeps all keys and values, for each attention layer, instead of computing them
-        again at every step: without it, beam search takes five times as long. Then memory holds
-        only the tokens that are not yet in the cache, or is None if there are none:
+        the new one, so in every layer their keys and values stay the same, and the source never
+        changes. (Their queries are not needed again, because only the new token's logits are.) So
+        the dict `cache` keeps all keys and values, for each attention layer, instead of computing
+        them again at every step: without it, beam search takes five times as long. Then memory
+        holds only the tokens that are not yet in the cache, or is None if there are none:
 
                    self-attention              cross-attention (7 source tokens)
                    memory     all keys         memory     all keys
@@ -199,14 +200,16 @@ class TransformerModel(nn.Module):
         self.max_len = max_len
         # Both languages share their tokens, so one matrix embeds them all. It is also the output
         # layer (section 3.4): the logit of a token is the dot product of its embedding and the
-        # decoder's output. This works because both jobs need similar vectors for tokens that are
-        # used in similar ways: as inputs they mean the same, and as outputs they fit the same gaps.
-        # It saves a second matrix of this size, and it makes copying a name easy: cross-attention
-        # only has to bring the embedding of the source token to the output, where its dot product
-        # with the same embedding is large. Attention does not see the order of tokens, so positions
-        # are added. The sum still holds both, because training puts them in different directions:
-        # in the tatoeba model, 10 directions hold 84% of the variance of the first 20 positions,
-        # but only 3% of that of the tokens (10 random ones of 192 would hold 5%).
+        # decoder's output. This works because tokens that are used in similar ways need similar
+        # vectors in both jobs: as inputs, to act alike on what follows, and as outputs, to get
+        # similar logits, because they fit the same gaps. It saves a second matrix of this size, and
+        # it makes copying a name easy: cross-attention only has to bring the embedding of the
+        # source token to the output, where its dot product with the same embedding is large.
+        # Attention does not see the order of tokens, so positions are added. The sum still holds
+        # both, because they use different directions, so a linear map can read one and ignore the
+        # other: in the tatoeba model, 10 directions hold 84% of the variance of the first 20
+        # positions, but only 3% of that of the tokens. (10 random ones of 192 would hold 5%: with
+        # that many dimensions there is room for both.)
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(max_len, d_model)
         self.dropout = nn.Dropout(dropout)
@@ -707,7 +710,8 @@ def encode_pairs(tokenizer, pairs):
 # them translates other names into something else, loses digits, and stumbles over a missing letter.
 # So pairs of single words are added, and every epoch changes the training sentences at random:
 #
-# single words      Words that mostly occur together, such as "Hund" and "dog", become pairs.
+# single words      Words that mostly occur together, such as "Hund" and "dog", become pairs,
+#                   because a model that has seen only sentences makes a sentence of every word.
 # names, numbers    A name or number that stands in both sentences is replaced in both by an
 #                   invented one. The model never sees it again, so it has to learn to copy.
 # joined sentences  A fifth of the sentences are joined in twos and threes (Kondo et al. 2021,
@@ -911,11 +915,12 @@ def validation_loss(model, examples, device):
 def learning_rate(step, n_steps, peak):
     """The learning rate of a step: a linear warm-up to `peak`, then a cosine down to zero.
 
-    In post-norm Transformers the gradients near the output are large at first, and Adam's averages
-    cover only a few of them, so large steps can throw a model off. Large ones do not train without
-    a warm-up (https://arxiv.org/abs/2002.04745). Ours are small and learned without it, too: the
-    toy language, and the first 1,000 steps of tatoeba. At the end, small steps let the weights
-    settle.
+    Adam divides each gradient by the root of the mean of its recent squares. At the start this mean
+    covers few batches, so the steps are as long as later, but their direction is mostly chance.
+    Post-norm Transformers suffer from such steps, because near the output their gradients are large
+    at first: large models do not train without a warm-up (https://arxiv.org/abs/2002.04745). Ours
+    are small and learned without it, too: the toy language, and the first 1,000 steps of tatoeba.
+    At the end, small steps let the weights settle.
     """
     warmup = max(1, min(n_steps // 10, 1000))   # in steps
     if step < warmup:
@@ -955,13 +960,14 @@ def greedy(model, src):
 #   step 1    I (-0.4)               We (-1.3)              ...     the 2 best first tokens
 #   step 2    I sleep (-0.9)         I am (-1.5)
 #             We sleep (-1.4)        ...                            keep -0.9 and -1.4
-#   step 3    I sleep <eos> (-1.7)   We sleep <eos> (-2.6)
-#             We sleep well (-1.8)   ...                            keep -1.7 and -1.8
+#   step 3    I sleep <eos> (-1.7)   ...
+#             We sleep well (-1.8)   We sleep <eos> (-2.6)          keep -1.7 and -1.8
 #   step 4    I sleep <eos> (-1.7)   We sleep well <eos> (-2.0)     both have ended
 #
 # Every token lowers the score, which favors short translations. So every step ranks all hypotheses,
 # including those that have ended, by score / length: -1.7 / 3 = -0.57 and -2.0 / 4 = -0.50, and "We
-# sleep well" wins. A longer hypothesis can still win, so the search goes on until all have ended.
+# sleep well" wins. (Greedy decoding loses it in step 1 and returns "I sleep".) A longer hypothesis
+# can still win, so the search goes on until all have ended.
 
 
 @torch.no_grad()
@@ -1107,9 +1113,10 @@ def bleu(translations, references):
 # the diagonal for 66% and chance for 14%.
 #
 # Row i of the weights belongs to the step that reads token i and writes token i + 1. In the last
-# block it attends to the source of the word that it writes: after this attention there is only one
-# feed-forward network before the output layer, so the values that it returns must already say which
-# word that is. Earlier blocks are free to look elsewhere, because later ones can still look it up.
+# block it attends to the source of the word that it writes. This is the last chance to read the
+# source, because only a feed-forward network follows before the output layer. Earlier blocks are
+# free to look elsewhere, because later ones can still look it up. (None of this is forced: an
+# earlier block could have brought the word, or the encoder could have moved it.)
 def right_words(alignment, n_source_words):
     """(T, S) booleans: True where source word s is right for target word t."""
     right = torch.zeros(len(alignment), n_source_words, dtype=torch.bool)
