@@ -553,25 +553,25 @@ def test_the_heatmaps_have_weights_dots_at_the_true_digits_and_wrong_counts_in_r
 
 def test_compare_prints_the_mean_accuracy_at_each_length_and_draws_both_activations(
         capsys, figures):
-    args = counting_options(sequence_length=2, steps=20)
+    args = counting_options(sequence_length=3, steps=20)
     _, softmax = counting.compare(args, [0, 1], n_seeds=2)
     rows = capsys.readouterr().out.splitlines()[2:7]
     for n, activation, all_lengths in [(0, "sigmoid", False), (3, "softmax", True)]:
-        accuracies = torch.zeros(2, 2)
+        accuracies = torch.zeros(2, 3)
         for i in range(2):
             torch.manual_seed(7 + i)
             model = counting.train(args, activation, all_lengths)
-            for length in (1, 2):
+            for length in (1, 2, 3):
                 sequences = counting.all_sequences(length, 3)
                 accuracies[i, length - 1] = counting.accuracy(model, sequences, 3)
         means = accuracies.mean(dim=0).tolist()
-        n_exact = (accuracies[:, 1] == 1).sum()
+        n_exact = (accuracies[:, 2] == 1).sum()
         assert rows[n].startswith(activation)
-        assert rows[n].endswith(f"| {means[0]:.3f} {means[1]:.3f} | {n_exact} of 2 seeds")
-    assert softmax == means[1]
+        assert rows[n].endswith(f"{means[1]:.3f} {means[2]:.3f} | {n_exact} of 2 seeds")
+    assert softmax == means[2]
     titles = [axis.get_title() for axis in figures[0].axes[:4]]
-    assert titles == ["sigmoid, trained at length 2", "sigmoid, trained at lengths 1-2",
-                      "softmax, trained at length 2", "softmax, trained at lengths 1-2"]
+    assert titles == ["sigmoid, trained at length 3", "sigmoid, trained at lengths 1-3",
+                      "softmax, trained at length 3", "softmax, trained at lengths 1-3"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1265,8 +1265,9 @@ def test_two_processes_have_the_gradients_of_one(one_step, pairs_file, monkeypat
     try:
         monkeypatch.setenv("RANK", "0")
         two, norm_of_two = train_one_step(pairs_file, "two")
-        errors = other.communicate(timeout=60)[1]
+        output, errors = other.communicate(timeout=60)
         assert other.returncode == 0, errors
+        assert output == ""     # only the first process prints
     finally:
         other.kill()
     assert norm_of_two == pytest.approx(norm, rel=1e-4)
