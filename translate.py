@@ -4,7 +4,7 @@ Translate German to English with the Transformer of "Attention Is All You Need".
 The encoder reads the German sentence. The decoder writes the English one, token by token, and
 cross-attention lets each step attend to the German tokens. There are two corpora:
 
-toy      a small German grammar. Training takes half a minute. We know the right source word of
+toy      a small German grammar. Training takes a minute. We know the right source word of
          every target word, so we can measure how well each attention head finds it, and how well
          the gradient of the output does (as in saliency.py).
 tatoeba  169,813 pairs of everyday sentences. Training takes two hours.
