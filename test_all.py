@@ -1256,7 +1256,7 @@ def test_an_unfinished_training_is_not_continued_with_other_sentences(
 
 def test_a_checkpoint_of_other_code_is_named(pairs_file):
     os.makedirs("out")
-    torch.save({"step": 3}, "out/translate_pairs.tsv.pt.checkpoint")
+    torch.save({"options": {}, "step": 3}, "out/translate_pairs.tsv.pt.checkpoint")
     with pytest.raises(SystemExit, match="cannot resume from .*: --resume needs the checkpoint"):
         run("translate.py", "--data", pairs_file, "--resume")
 

@@ -1432,6 +1432,7 @@ if __name__ == "__main__":
         try:
             checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
             vars(args).update(checkpoint["options"])
+            merges = checkpoint["merges"]
         except Exception as error:
             sys.exit(f"cannot resume from {checkpoint_path} ({type(error).__name__}): --resume "
                      "needs the checkpoint of an interrupted training")
@@ -1454,9 +1455,7 @@ if __name__ == "__main__":
         texts = [" " + fold(german) for german, _ in train_pairs]
         texts += [mark_capitals(english) for _, english in train_pairs]
         merges = learn_merges(texts, args.merges)
-    elif checkpoint["checksum"] == checksum:
-        merges = checkpoint["merges"]
-    else:
+    elif checkpoint["checksum"] != checksum:
         sys.exit(f"cannot resume from {checkpoint_path}: {args.data} is not the data of this "
                  "training any more")
     tokenizer = Tokenizer(merges)
