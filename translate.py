@@ -112,7 +112,7 @@ class MultiHeadAttention(nn.Module):
         the new one, so in every layer their keys and values stay the same, and the source never
         changes. (Their queries are not needed again, because only the new token's logits are.) So
         the dict `cache` keeps all keys and values, for each attention layer, instead of computing
-        them again at every step: without it, beam search takes five times as long. Then memory
+        them again at every step: without it, beam search takes six times as long. Then memory
         holds only the tokens that are not yet in the cache, or is None if there are none:
 
                    self-attention              cross-attention (7 source tokens)
