@@ -464,9 +464,9 @@ def normalize(text):
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-# What `fold` replaces: quotation marks, apostrophes and dashes of all kinds by the usual one.
-# Invisible characters (Unicode category "Cf") are dropped.
-LOOK_ALIKES = {"…": "...", "↑": None}       # "↑" marks capital letters, see `mark_capitals`
+# What `fold` replaces: quotation marks, apostrophes and dashes of all kinds by the usual one, and
+# two signs by words. Invisible characters (Unicode category "Cf") are dropped.
+LOOK_ALIKES = {"…": "...", "€": " euro", "$": " dollar", "ı": "i", "↑": None}       # "↑" marks capital letters, see `mark_capitals`
 LOOK_ALIKES |= dict.fromkeys("„“”‟«»", '"')
 LOOK_ALIKES |= dict.fromkeys("‚‘’‛ʼ‹›´`′", "'")
 LOOK_ALIKES |= dict.fromkeys("‐‑‒–—―−－", "-")
@@ -478,10 +478,13 @@ def fold(german):
     """German in lower case, with ae, oe, ue and ss for ä, ö, ü and ß, and plain punctuation.
 
     People also type "MÄDCHEN" or "maedchen" for "Mädchen", and text that is copied from a web page
-    can hold invisible characters, such as soft hyphens. Folded, these are the same tokens.
+    can hold invisible characters, such as soft hyphens. Folded, these are the same tokens. Other
+    accents are dropped, because the training data has too few to learn them: "é" becomes "e".
     """
     german = normalize(german.translate(LOOK_ALIKES)).casefold()    # also turns "ß" into "ss"
-    return german.replace("ä", "ae").replace("ö", "oe").replace("ü", "ue")
+    german = german.replace("ä", "ae").replace("ö", "oe").replace("ü", "ue")
+    decomposed = unicodedata.normalize("NFD", german)               # "é" is now "e" and an accent
+    return "".join(char for char in decomposed if not unicodedata.combining(char))
 
 
 def read_file(data):
@@ -563,7 +566,8 @@ def load_pairs(data, part):
 # Both languages share their tokens, so a name is the same tokens in both, and the model can copy it
 # without having seen it. For that it must look the same in both. So German is folded, and in
 # English a capital letter becomes a lowercase one with a token of its own before it, "↑" (Berard et
-# al. 2019, https://arxiv.org/abs/1907.06488, call it inline casing):
+# al. 2019, https://arxiv.org/abs/1907.06488, call it inline casing). "Jürgen" is copied as
+# "Juergen", and `restore_accents` puts the "ü" back.
 #
 #     Ich heiße Anna.      " ich heisse anna."
 #     My name is Anna.     "↑ my name is↑ anna."
@@ -684,6 +688,15 @@ def restore_capitals(text):
     return text.replace("↑", "").strip()
 
 
+def restore_accents(english, german):
+    """Give names the umlauts and accents that the German text has: "Juergen" becomes "Jürgen"."""
+    for word in re.findall(r"\w+", normalize(german)):
+        folded = fold(word)
+        if folded != word.lower():
+            english = re.sub(rf"\b{folded.capitalize()}\b", word.capitalize(), english)
+    return english
+
+
 def encode_source(tokenizer, german):
     """What the encoder reads: the tokens of the folded German text, then EOS."""
     return tokenizer.encode(" " + fold(german)) + [EOS]
@@ -714,28 +727,30 @@ def encode_pairs(tokenizer, pairs):
 #                   because a model that has seen only sentences makes a sentence of every word.
 # names, numbers    A name or number that stands in both sentences is replaced in both by an
 #                   invented one. The model never sees it again, so it has to learn to copy.
-# joined sentences  A fifth of the sentences are joined in twos and threes (Kondo et al. 2021,
+# joined sentences  A sixth of the sentences are joined in twos and threes (Kondo et al. 2021,
 #                   https://arxiv.org/abs/2104.08478).
 # typing errors     German words lose, double, swap or change a letter (Karpukhin et al. 2019,
-#                   https://arxiv.org/abs/1902.01509). A tenth of the sentences lose their final
-#                   full stop, because people leave it out.
+#                   https://arxiv.org/abs/1902.01509). A tenth of the lines lose their commas and
+#                   final marks, because people leave them out.
 
 NUMBER_WORDS = [  # as numbers are rare, some of these are replaced by digits, too
     ("zwei", "two"), ("drei", "three"), ("vier", "four"), ("fünf", "five"), ("sechs", "six"),
     ("sieben", "seven"), ("acht", "eight"), ("neun", "nine"), ("zehn", "ten"),
 ]
-CONSONANTS = "b d f g h j k l m n p r s t v w z br kr sch st ch th tr cl".split()
-VOWELS = "a e i o u a e i o ie ei au".split()
+CONSONANTS = "b d f g h j k l m n p r s t v w y z br kr sch st ch th tr cl".split()
+VOWELS = "a e i o u a e i o ie ei au ae oe ue".split()
 ENDINGS = ["", "", "", "n", "r", "l", "s", "t", "ck", "nn"]
 
 
 def invent_name(rng):
-    """A name of one to three syllables, such as "Breika"."""
+    """A name of one to three syllables, such as "Breika", and sometimes a second one."""
     name = rng.choice(VOWELS) if rng.random() < 0.3 else ""
     for _ in range(rng.choice([1, 2, 2, 3])):
         name += rng.choice(CONSONANTS) + rng.choice(VOWELS)
-    name += rng.choice(ENDINGS)
-    return name.capitalize()
+    name = (name + rng.choice(ENDINGS)).capitalize()
+    if rng.random() < 0.2:
+        name += rng.choice(" -") + invent_name(rng)
+    return name
 
 
 def invent_number(rng):
@@ -763,11 +778,11 @@ def invent_names_and_numbers(german, english, rng):
 
 
 def join_some(pairs, rng):
-    """Join a fifth of the pairs in twos and threes. Returns all pairs in random order."""
+    """Join a sixth of the pairs in twos and threes. Returns all pairs in random order."""
     pairs = rng.sample(pairs, len(pairs))
     joined = []
     start = 0
-    while start < len(pairs) // 5:
+    while start < len(pairs) // 6:
         end = start + rng.choice([2, 2, 3])
         german = " ".join(german for german, _ in pairs[start:end])
         english = " ".join(english for _, english in pairs[start:end])
@@ -777,15 +792,15 @@ def join_some(pairs, rng):
 
 
 def mistype(word, rng):
-    """A word in which one of the inner letters is lost, doubled, swapped or changed."""
-    i = rng.randrange(1, len(word) - 1)
+    """A word in which a letter, but not the first, is lost, doubled, swapped or changed."""
+    i = rng.randrange(1, len(word))
     before = word[:i]
     letter = word[i]
     after = word[i + 1:]
     return rng.choice([
         before + after,
         before + letter + letter + after,
-        before + after[0] + letter + after[1:],
+        before + after[:1] + letter + after[1:],
         before + rng.choice("abcdefghijklmnopqrstuvwxyz") + after,
     ])
 
@@ -828,7 +843,7 @@ def as_people_type(pairs, rng):
                 words[i] = mistype(word, rng)
         german = " ".join(words)
         if rng.random() < 0.1:
-            german = german.rstrip(".!?")
+            german = re.sub(r"[.,!?]+(?= |$)", "", german)
         changed.append((german, english))
     return changed
 
@@ -1040,7 +1055,7 @@ def translate(model, tokenizer, sentences, beam):
             outputs = beam_search(model, src, beam)
         for i, tokens in zip(rows, outputs.tolist()):
             text = tokenizer.decode(tokens)             # EOS and PAD have no bytes
-            translations[i] = restore_capitals(text)
+            translations[i] = restore_accents(restore_capitals(text), sentences[i])
     return translations
 
 
