@@ -177,12 +177,12 @@ def train(args, activation, all_lengths=True, verbose=False):
 # 0s. But a sigmoid is exactly 0 only for a score of minus infinity.
 #
 # The count. How does it get through LayerNorm and a single linear layer? If the query for 0 attends
-# to 0s alone, the vector before LayerNorm is
-# query[0] + count * weight * value(0). As the count grows, this vector moves along a straight line
-# in equal steps. LayerNorm subtracts from each vector the mean of its numbers, which keeps the line
-# straight, and divides by their standard deviation. Then the mean of the squares is 1, so all
-# vectors have length sqrt(hidden) (before LayerNorm's learned scale and bias). They are points on a
-# sphere, at these angles to the vector of count 0 (default run, the other digits are 1s):
+# to 0s alone, the vector before LayerNorm is query[0] + count * weight * value(0). As the count
+# grows, this vector moves along a straight line in equal steps. LayerNorm subtracts from each
+# vector the mean of its numbers, which keeps the line straight, and divides by their standard
+# deviation. Then the mean of the squares is 1, so all vectors have length sqrt(hidden) (before
+# LayerNorm's learned scale and bias). They are points on a sphere, at these angles to the vector of
+# count 0 (default run, the other digits are 1s):
 #     count     0    1    2    3    4    5    6    7    8    9   10
 #     angle     0    7   20   42   75  102  119  128  134  138  140
 # The steps are no longer equal, but no two points coincide, because the query moves the line away
@@ -265,8 +265,9 @@ def show_counts(models, digits, vocab_size, path):
 # answer, and at least one of the two answers is wrong.
 #
 # So it has one answer for each fraction of 0s. If half of the digits are 0s, 5 is right at length
-# 10, but 2 at length 4. Trained at all lengths, its queries attend mostly to the right digits, and
-# its answers are a compromise that differs from run to run.
+# 10, but 2 at length 4. It could be right at length 10 and wrong elsewhere. But trained at all
+# lengths, its queries attend mostly to the right digits, and its answers are a compromise that
+# differs from run to run.
 #
 # Trained at length 10 only, softmax can count by fractions, because 0.3 always means 3. For that a
 # query must give the other digits some weight, too, because value(d) alone is the same for every

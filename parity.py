@@ -83,9 +83,10 @@ class MultiHeadSelfAttention(nn.Module):
 
 
 # LayerNorm takes the vector of one token, subtracts the mean of its numbers and divides by their
-# standard deviation. For example, (1, 3, 5, 7) has mean 4 and standard deviation 2.24 and becomes
-# (-1.34, -0.45, 0.45, 1.34). So the next layer gets inputs on the same scale, whatever earlier
-# layers do. (A learned weight and bias follow for each feature, 1 and 0 at the start.)
+# standard deviation. For example, (1, 3, 5, 7) has mean 4 and standard deviation 2.24 (the root of
+# 20 / 4) and becomes (-1.34, -0.45, 0.45, 1.34). So the next layer gets inputs on the same scale,
+# whatever earlier layers do. (A learned weight and bias follow for each feature, 1 and 0 at the
+# start.)
 #
 # A residual connection is the "x +" in x + f(x): a layer adds to its input instead of replacing it.
 # So a layer that has learned nothing yet does not destroy x, and the gradient reaches all earlier
@@ -93,10 +94,9 @@ class MultiHeadSelfAttention(nn.Module):
 #
 # The paper normalizes the sum, LayerNorm(x + f(x)), as translate.py does (post-norm). Here only the
 # input of f is normalized, x + f(LayerNorm(x)) (pre-norm). Each script follows the exercise sheet
-# (see README). With post-norm, every gradient passes through LayerNorms, and at the start it is
-# large near the output, so large steps can throw the model off, and training needs a warm-up: small
-# steps at first. With pre-norm there is a path through the sums alone, the gradient near the output
-# is smaller, and no warm-up is needed (Xiong et al. 2020, https://arxiv.org/abs/2002.04745).
+# (see README). With post-norm, every gradient passes through LayerNorms, and large models do not
+# train without a warm-up: small steps at first. With pre-norm there is a path through the sums
+# alone, and no warm-up is needed (Xiong et al. 2020, https://arxiv.org/abs/2002.04745).
 class TransformerBlock(nn.Module):
     """Attention, then an MLP, each added to its input, (B, T, d_model) -> (B, T, d_model).
 
@@ -176,14 +176,13 @@ def one_string_per_count(seq_len, device="cpu"):
 # Why there is a plateau, and why it ends
 #
 # The model computes f = logit(odd) - logit(even) from the number of ones c, and answers "odd" where
-# f > 0. At the start f is smooth, close to a polynomial of low degree, because the weights are
-# small and each layer bends little. Over all strings, parity (-1 for even, 1 for odd) is
-# uncorrelated with every polynomial of c of degree below T. (c is the sum of the bits, and every
-# power of a bit is the bit itself. So such a polynomial is a sum of products of fewer than T bits.
-# Each product leaves out a bit, and flipping that bit flips the parity but not the product, so the
-# strings cancel in pairs.) The loss of a string is ln(1 + exp(-f * parity)). For small f this is
-# about ln 2 - f * parity / 2 + f^2 / 8 (the Taylor series, with parity^2 = 1), and its mean over
-# all strings
+# f > 0. At the start f is smooth, close to a polynomial of low degree, because few layers compute
+# it, and each bends little. Over all strings, parity (-1 for even, 1 for odd) is uncorrelated with
+# every polynomial of c of degree below T. (c is the sum of the bits, and every power of a bit is
+# the bit itself. So such a polynomial is a sum of products of fewer than T bits. Each product
+# leaves out a bit, and flipping that bit flips the parity but not the product, so the strings
+# cancel in pairs.) The loss of a string is ln(1 + exp(-f * parity)). For small f this is about ln 2
+# - f * parity / 2 + f^2 / 8 (the Taylor series, with parity^2 = 1), and its mean over all strings
 #
 #     ln 2 - (mean of f * parity) / 2 + (mean of f^2) / 8
 #
@@ -196,14 +195,14 @@ def one_string_per_count(seq_len, device="cpu"):
 # eighty steps. Meanwhile f fits chance differences: some numbers of ones are more frequent among
 # the 800 training strings than among all strings, others less, so there parity is a little
 # correlated with smooth functions. The loss falls to 0.6919, a little below ln 2 = 0.6931. This
-# makes f more and more curved, until it is no longer close to a polynomial of low degree, and its
-# component along parity is large enough to matter. Then gradient descent increases it, because that
-# lowers the loss: from 0.00002 to 0.005 within ten steps (step 90), then more slowly to 0.02 at
-# step 95, 0.06 at 105, 0.20 at 120 and 0.71 at 145. This reinforces itself: f is proportional to
-# the weights and bias of the last layer, so if they grow by 1%, so does the component, and the
-# larger it is, the more the loss falls. (Without chance differences the plateau also ends, but
-# later: see README, exercise 1. The component is never exactly 0, so the loss has a small gradient
-# along it from the start.)
+# makes f more and more curved, until it is no longer close to a polynomial of low degree, and
+# within ten steps the component grows from 0.00002 to 0.005 (step 90). Half of that is more than
+# the 0.0012 that the chance differences have gained, so now parity matters most: gradient descent
+# increases the component, because that lowers the loss. It is 0.02 at step 95, 0.06 at 105, 0.20 at
+# 120 and 0.71 at 145. This reinforces itself: f is proportional to the weights and bias of the last
+# layer, so if they grow by 1%, so does the component, and the larger it is, the more the loss
+# falls. (Without chance differences the plateau also ends, but later: see README, exercise 1. The
+# component is never exactly 0, so the loss has a small gradient along it from the start.)
 #
 # The loss spikes later because some steps are too large. By then f jumps by 10 to 20 between
 # neighboring numbers of ones, so small changes of the weights change it a lot. Adam's steps do not

@@ -227,9 +227,10 @@ class TransformerModel(nn.Module):
         # standard deviation 1 / sqrt(d_model) turn them into logits of standard deviation 1. Even
         # so, the loss at step 0 is more than 1 above that of a uniform prediction, ln(vocab_size).
         # It is ln(sum of all e^logit) minus the right logit, and the mean of e^logit is about
-        # e^(1/2) instead of 1, which adds 1/2. And residual connections carry the embedding of the
-        # input token to the output, so the untrained model predicts the token that it has just
-        # read: for tatoeba with a logit of about 10, of which the softmax sees e^10 = 22,000.
+        # e^(1/2) = 1.65 instead of 1 (as for normal random numbers). And residual connections carry
+        # the embedding of the input token to the output, so the untrained model predicts the token
+        # that it has just read: for tatoeba with a logit of about 9. Together this is about
+        # ln(1.65 * 8,259 + e^9) = 10.0.
         nn.init.normal_(self.token_embedding.weight, std=d_model ** -0.5)
         # `embed` gives tokens a standard deviation of 1. With 0.5, positions have a fifth of the
         # variance of the sum: at first it is mostly the word that counts, because words say more.
@@ -465,13 +466,11 @@ def normalize(text):
 
 
 # What `fold` replaces: quotation marks, apostrophes and dashes of all kinds by the usual one, and
-# two signs by words. Invisible characters (Unicode category "Cf") are dropped.
-LOOK_ALIKES = {"…": "...", "€": " euro", "$": " dollar", "ı": "i", "↑": None}       # "↑" marks capital letters, see `mark_capitals`
-LOOK_ALIKES |= dict.fromkeys("„“”‟«»", '"')
-LOOK_ALIKES |= dict.fromkeys("‚‘’‛ʼ‹›´`′", "'")
-LOOK_ALIKES |= dict.fromkeys("‐‑‒–—―−－", "-")
-LOOK_ALIKES |= {chr(i): None for i in range(sys.maxunicode) if unicodedata.category(chr(i)) == "Cf"}
-LOOK_ALIKES = str.maketrans(LOOK_ALIKES)
+# two signs by words. "↑" is dropped, because it marks capital letters (see `mark_capitals`).
+REPLACEMENTS = {"…": "...", "€": " euro", "$": " dollar", "ı": "i", "↑": ""}
+REPLACEMENTS |= dict.fromkeys("„“”‟«»", '"')
+REPLACEMENTS |= dict.fromkeys("‚‘’‛ʼ‹›´`′", "'")
+REPLACEMENTS |= dict.fromkeys("‐‑‒–—―−－", "-")
 
 
 def fold(german):
@@ -481,10 +480,13 @@ def fold(german):
     can hold invisible characters, such as soft hyphens. Folded, these are the same tokens. Other
     accents are dropped, because the training data has too few to learn them: "é" becomes "e".
     """
-    german = normalize(german.translate(LOOK_ALIKES)).casefold()    # also turns "ß" into "ss"
+    # without invisible characters (Unicode category "Cf")
+    german = "".join(char for char in german if unicodedata.category(char) != "Cf")
+    german = normalize(german.translate(str.maketrans(REPLACEMENTS)))
+    german = german.casefold()                                      # also turns "ß" into "ss"
     german = german.replace("ä", "ae").replace("ö", "oe").replace("ü", "ue")
-    decomposed = unicodedata.normalize("NFD", german)               # "é" is now "e" and an accent
-    return "".join(char for char in decomposed if not unicodedata.combining(char))
+    german = unicodedata.normalize("NFD", german)                   # "é" becomes "e" and an accent
+    return "".join(char for char in german if not unicodedata.combining(char))
 
 
 def read_file(data):
@@ -561,7 +563,7 @@ def load_pairs(data, part):
 #     hu nd       hu nd e       hu n g e r      h a nd      b u nd     2. h + u    (3 times)
 #     hund        hund e        hu n g e r      h a nd      b u nd     3. hu + nd  (2 times)
 #
-# (In a tie, such as n + d and u + n, the pair with the smaller numbers is merged.)
+# (In a tie, such as n + d and u + n, the pair with the smaller token numbers is merged.)
 #
 # Both languages share their tokens, so a name is the same tokens in both, and the model can copy it
 # without having seen it. For that it must look the same in both. So German is folded, and in
@@ -932,10 +934,9 @@ def learning_rate(step, n_steps, peak):
 
     Adam divides each gradient by the root of the mean of its recent squares. At the start this mean
     covers few batches, so the steps are as long as later, but their direction is mostly chance.
-    Post-norm Transformers suffer from such steps, because near the output their gradients are large
-    at first: large models do not train without a warm-up (https://arxiv.org/abs/2002.04745). Ours
-    are small and learned without it, too: the toy language, and the first 1,000 steps of tatoeba.
-    At the end, small steps let the weights settle.
+    Large post-norm Transformers do not recover from such steps, and do not train without a warm-up
+    (https://arxiv.org/abs/2002.04745). Ours are small and learned without it, too: the toy
+    language, and the first 1,000 steps of tatoeba. At the end, small steps let the weights settle.
     """
     warmup = max(1, min(n_steps // 10, 1000))   # in steps
     if step < warmup:
@@ -1169,9 +1170,9 @@ def alignment_accuracy(model, tokenizer, lines):
         _, weights = model.decode(tgt, memory, src_mask)    # the reference is the decoder's input
         weights = torch.cat(weights)                        # (n_dec_layers, H, T + 3, S + 1)
         attended = weights[..., :S].argmax(dim=-1).cpu()    # without EOS
-        words = torch.arange(T)
         # BOS writes "↑", and row 1, which reads it, writes the first word
-        hits += right[words, attended[..., 1:T + 1]].sum(dim=-1)
+        attended = attended[..., 1:T + 1]                   # (n_dec_layers, H, T)
+        hits += right[torch.arange(T), attended].sum(dim=-1)
         chance += right.float().mean(dim=1).sum()
         diagonal += right.diagonal().sum()
         n_words += T
