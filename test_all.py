@@ -11,6 +11,7 @@ import hashlib
 import http.client
 import inspect
 import io
+import itertools
 import math
 import os
 import random
@@ -572,6 +573,14 @@ def test_compare_prints_the_mean_accuracy_at_each_length_and_draws_both_activati
     titles = [axis.get_title() for axis in figures[0].axes[:4]]
     assert titles == ["sigmoid, trained at length 3", "sigmoid, trained at lengths 1-3",
                       "softmax, trained at length 3", "softmax, trained at lengths 1-3"]
+
+
+def test_compare_counts_the_seeds_that_are_all_right_at_the_full_length(capsys, monkeypatch):
+    accuracies = itertools.cycle([0.5, 1.0, 1.0, 0.99])     # of seeds 7 and 8 at lengths 1 and 2
+    monkeypatch.setattr("counting.accuracy", lambda *args: next(accuracies))
+    counting.compare(counting_options(sequence_length=2, steps=1), [0, 1], n_seeds=2)
+    rows = capsys.readouterr().out.splitlines()[2:7]
+    assert all(row.endswith("| 0.750 0.995 | 1 of 2 seeds") for row in rows)
 
 
 # --------------------------------------------------------------------------------------------------
