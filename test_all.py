@@ -782,7 +782,7 @@ def test_merges_are_those_of_counting_all_pairs_again_until_none_occurs_twice():
     ("uebergroessentraeger", [
         "Übergrößenträger", "ÜBERGRÖSSENTRÄGER", "Uebergroessentraeger",
         "\u00a0U\u0308bergrößenträger\r\n"]),
-    ("frau yilmaz, 5 euro", ["Frau Yılmaz, 5 €", "FRAU YILMAZ, 5€", "Frau Yílmàz, 5 Euro"])])
+    ("lara yilmaz, 5 euro", ["Lara Yılmaz, 5 €", "LARA YILMAZ, 5€", "Łára Yílmàz, 5 Euro"])])
 def test_all_ways_of_typing_are_the_same_to_the_model(folded, texts):
     assert {translate.fold(text) for text in texts} == {folded}
 
@@ -1092,7 +1092,7 @@ def test_the_shipped_toy_model_translates_and_finds_the_source_words(toy_model, 
 
 # --------------------------------------------------------------------------------------------------
 # translate.py: the script
-TINY = ("--d_model 16 --n_heads 2 --n_enc_layers 1 --n_dec_layers 1 --merges 50 --lr 0.01 "
+TINY = ("--d_model 16 --n_heads 2 --n_enc_layers 1 --n_dec_layers 1 --merges 50 --lr 0.03 "
         "--batch_tokens 300 --beam 1 --steps 40").split()
 
 
@@ -1331,7 +1331,7 @@ EVERYDAY = {
     "Wie geht es dir?": "How are you doing?",
     "Ich habe Hunger.": "I'm hungry.",
     "Ich liebe dich.": "I love you.",
-    "Wo ist der Bahnhof?": "Where's the train station?",
+    "Wo ist der Bahnhof?": "Where's the station?",
     "Das Buch liegt auf dem Tisch.": "The book is on the table.",
     "ICH WEISS NICHT, WAS ICH SAGEN SOLL.": "I don't know what to say.",
     "Kannst du mir helfen?": "Can you help me?",
@@ -1340,7 +1340,7 @@ EVERYDAY = {
     "Ich habe gestern einen Brief geschrieben.": "I wrote a letter yesterday.",
     "Das ist mir egal.": "I don't care.",
     "Ich freue mich auf das Wochenende.": "I'm looking forward to the weekend.",
-    "Gestern hat mir mein Vater ein Buch gegeben.": "My father gave me a book yesterday.",
+    "Gestern hat mir mein Vater ein Buch gegeben.": "Yesterday my father gave me a book.",
     "Wenn es morgen regnet, bleiben wir zu Hause.": "If it rains tomorrow, we'll stay at home.",
     "Zwei Hunde laufen durch den Schnee.": "Two dogs run through the snow.",
 }
@@ -1361,6 +1361,10 @@ def test_everyday_sentences_come_out_right(everyday_model):
 # has the results of beam search.
 NEW_NAMES = ("Anja Bastian Carolin Detlef Elif Falko Gundula Henrike Ingmar Jannik Kordula "
              "Leonhard Mareike Norbert Quirin Roswitha Svenja Thorben Wiebke Zoran").split()
+OTHER_NAMES = ["Jürgen", "Björn", "Günther", "Käthe Schäfer", "Jörg Müller", "Ayşe Yılmaz",
+               "Anna-Lena", "Zoë", "Łukasz", "Thomas Großmann", "Peter Bäcker", "Miguel",
+               "Raphaël", "Sören", "Özlem", "Lothar Matthäus", "Bärbel", "Hans-Peter",
+               "Frau Krüger", "Herr Nguyen"]
 NAME_TEMPLATES = ["Ich heiße {}.", "Kennst du {}?", "{} kommt morgen zu uns."]
 NUMBER_TEMPLATES = ["Das Haus hat {} Zimmer.", "Er hat {} Bücher gelesen.",
                     "In der Stadt leben {} Menschen.", "Ich habe {} Euro bezahlt.",
@@ -1381,8 +1385,13 @@ SINGLE_WORDS = {
 
 
 def names_and_numbers():
-    """120 (sentence, what has to stay), half of them with names and half with numbers."""
-    pairs = [(template.format(name), name) for template in NAME_TEMPLATES for name in NEW_NAMES]
+    """180 (sentence, what has to stay): a third each with names, other names and numbers."""
+    pairs = []
+    for names in (NEW_NAMES, OTHER_NAMES):
+        for template in NAME_TEMPLATES:
+            for name in names:
+                kept = name.removeprefix("Frau ").removeprefix("Herr ")
+                pairs.append((template.format(name), kept))
     rng = random.Random(0)
     for i in range(48):
         n_digits = 3 + i % 3
@@ -1403,11 +1412,12 @@ def test_most_new_names_and_numbers_are_kept_and_single_words_translated(everyda
         # a price may have a point, and a number a comma after the thousands
         kept.append(re.sub("[.,]", "", to_keep) in re.sub("[.,]", "", translation))
     n_right = 0
-    for right, translation in zip(SINGLE_WORDS.values(), translations[120:]):
+    for right, translation in zip(SINGLE_WORDS.values(), translations[180:]):
         words = re.findall(r"\w+", translation.lower())
         n_right += len(words) <= 2 and not set(right.split()).isdisjoint(words)
     assert sum(kept[:60]) >= 40
-    assert sum(kept[60:]) >= 48
+    assert sum(kept[60:120]) >= 30
+    assert sum(kept[120:]) >= 48
     assert n_right >= 28
 
 
