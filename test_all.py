@@ -1286,7 +1286,7 @@ def test_a_killed_training_is_resumed_bit_for_bit_with_its_own_options(
     folder = shutil.copytree(killed, tmp_path / "copy")
     values, output = run("translate.py", "--data", pairs_file, "--out_dir", folder, "--resume",
                          "--lr", 5, "--seed", 7)
-    assert output.startswith("steps 40, batch_tokens 300, lr 0.01, ")
+    assert output.startswith("steps 40, batch_tokens 300, lr 0.03, ")
     assert values["first_step"] >= 18
     assert os.listdir(folder) == ["translate_pairs.tsv.pt"]     # no checkpoint
     whole = (trained[0] / "translate_pairs.tsv.pt").read_bytes()
