@@ -393,6 +393,7 @@ def test_the_sweep_gives_up_as_few_strings_as_its_table_says():
     for _, may_be_wrong in parity.NETWORKS:
         right.append(2 ** 10 - sum(math.comb(10, c) for c in may_be_wrong))
     assert right == [968, 1023, 1024]
+    assert [width for width, _ in parity.NETWORKS] == [2, 3, 4]
 
 
 # the part of assets/proof_20.md that trying all answers can check
