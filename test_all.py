@@ -363,6 +363,12 @@ def test_a_classifier_without_a_block_has_as_many_parameters_as_its_formula_says
         assert sum(p.numel() for p in model.parameters()) == n ** 2 + 7 * n + 2
 
 
+def test_a_hidden_unit_is_silu_of_w_x_plus_b():
+    x = torch.tensor([2.0, 5.0])
+    units = parity.hidden_units(x, torch.tensor([3.0]), torch.tensor([1.0]))
+    assert_close(units, torch.stack([F.silu(torch.tensor([7.0, 16.0])), torch.ones(2)], dim=1))
+
+
 def test_more_rounds_of_the_search_get_nearer_to_the_targets():
     x = torch.linspace(-1, 1, 11, dtype=torch.double)  # 2c/T - 1 for c = 0 ... 10
     targets = torch.tensor([-1.0, 1] * 5 + [-1]).double()
@@ -671,7 +677,9 @@ def test_decoding_with_the_cache_equals_decoding_at_once_so_no_token_sees_a_late
      [[0], [2], [3], [1, 6], [4], [5], [7]]),
     (7, "Den klugen Lehrer hat der König gestern besucht.",
      "The king visited the clever teacher yesterday.",
-     [[4], [5], [3, 7], [0], [1], [2], [6], [8]])])
+     [[4], [5], [3, 7], [0], [1], [2], [6], [8]]),
+    (259, "Der Esel hat gestern einen alten Vogel geweckt.",
+     "The donkey woke an old bird yesterday.", [[0], [1], [2, 7], [4], [5], [6], [3], [8]])])
 def test_a_toy_line_has_this_translation_and_alignment(n, german, english, alignment):
     assert translate.toy_pair(n) == (german, english, alignment)
 
