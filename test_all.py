@@ -1594,6 +1594,13 @@ def test_the_most_salient_pixel_is_on_the_shape_in_a_third_of_the_images(loaded)
     assert on_shape.float().mean().item() == pytest.approx(1 / 3, abs=0.05)
 
 
+@pytest.mark.parametrize("name, expected", [("gradient", 6), ("gradient_untrained", 11)])
+def test_trained_maps_point_nearer_to_the_middle_than_untrained_ones(name, expected, loaded):
+    best = saliency.saliency_map(loaded[0][name]).flatten(1).argmax(dim=1)
+    distances = torch.hypot(best // 32 - 15.5, best % 32 - 15.5)
+    assert distances.mean().item() == pytest.approx(expected, abs=0.5)
+
+
 @torch.no_grad()
 def test_the_size_of_the_unscaled_jacobian_is_the_doubt_of_the_network(loaded):
     values, _ = loaded
