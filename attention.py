@@ -15,7 +15,7 @@ For one query and three key-value pairs:
     weights = softmax      =  0.67 0.09 0.24     exp / sum of exp: positive, sum to 1
     output                 =  7.88 2.12          0.67 * (10, 0) + 0.09 * (0, 10) + 0.24 * (5, 5)
 
-$ python attention.py    # this example for three queries, then a dictionary that learns
+$ python attention.py    # this example with three queries, then a dictionary that learns
 
 Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1, https://arxiv.org/abs/1706.03762
 """
@@ -72,9 +72,9 @@ def attention_loops(queries, keys, values):
 # Why divide by sqrt(d_k)? The dot product of two random vectors is a sum of d_k products. If the
 # numbers in them are independent with mean 0 and variance 1, each product has variance 1, so the
 # sum has variance d_k. Dividing by sqrt(d_k) brings the variance back to 1. Without the division,
-# wide vectors have large scores, and softmax saturates: it gives most of the weight to one key.
-# With 12 random keys of width 64, the largest weight is 0.86 on average (with the division 0.29).
-# If one key has most of the weight, a small change in the scores hardly changes the weights, so
+# wide vectors have large scores, and softmax saturates: it gives nearly all the weight to one key.
+# With 12 random keys of width 64, the largest weight is 0.86 on average (0.29 with the division).
+# If one key has nearly all the weight, a small change in the scores hardly changes the weights, so
 # almost no gradient gets through.
 #
 # Where do q, k and v come from? From learned linear maps. In self-attention, all three are maps of
@@ -85,12 +85,12 @@ def attention_loops(queries, keys, values):
 #
 # A mask says which keys a query may attend to. The sentences of a batch are padded to the same
 # length, and the padding must get no weight, because it is not part of the sentence. A model that
-# predicts the next token must not attend to later tokens, because they contain the answer (a causal
-# mask).
+# predicts the next token must not attend to later tokens, because they contain the answer. A mask
+# that hides them is called causal.
 #
 # A sigmoid, 1 / (1 + exp(-score)), can replace softmax. Under softmax the keys compete: one weight
 # can increase only if others decrease. A sigmoid turns each score into a weight between 0 and 1 on
-# its own, so they do not have to sum to 1. counting.py shows when this helps.
+# its own, so the weights need not sum to 1. counting.py shows when this helps.
 def attention(q, k, v, mask=None, activation="softmax"):
     """Scaled dot-product attention. Returns output (..., T_q, d_v) and weights (..., T_q, T_k).
 
@@ -99,14 +99,14 @@ def attention(q, k, v, mask=None, activation="softmax"):
     True means that the query *may* attend to the key, as in `F.scaled_dot_product_attention`.
     (`nn.MultiheadAttention` does the opposite.) A query that may attend to nothing gets zeros.
 
-    `F.scaled_dot_product_attention` computes the same output without storing all weights. For 4
+    `F.scaled_dot_product_attention` gives the softmax output and need not store all weights. For 4
     heads and 4,096 tokens these take 4 x 4,096 x 4,096 x 4 bytes = 256 MiB. But it cannot return
     them, and the heatmaps need them.
     """
     assert activation in ("softmax", "sigmoid"), activation
     assert mask is None or mask.dtype == torch.bool, "mask must be boolean, True = may attend"
 
-    # Divide q rather than the scores: before the division they could overflow in half precision.
+    # Divide q rather than the scores: undivided scores could overflow in half precision.
     q = q / math.sqrt(q.size(-1))
     scores = q @ k.transpose(-2, -1)                                       # (..., T_q, T_k)
     if mask is not None:
@@ -131,10 +131,10 @@ def attention(q, k, v, mask=None, activation="softmax"):
 #
 # Each query is one of the keys, rotated by an unknown rotation, plus noise, so the right key rarely
 # has the largest dot product. Two linear maps learn to undo the rotation. Every batch has new
-# random keys, so the maps have to learn how to compare. (Only their product matters, because a
-# score is query @ W_q.T @ W_k @ key.T. It has to become a multiple of the inverse rotation, and a
-# large multiple makes the weights sharp.) The values are one-hot vectors, so the output is equal to
-# the weights: a probability for each key.
+# random keys, so they cannot be memorized, and the maps have to learn how to compare. (Only the
+# product W_q.T @ W_k matters, because a score is query @ W_q.T @ W_k @ key.T. It has to become a
+# multiple of the inverse rotation, and a large multiple makes the weights sharp.) The values are
+# one-hot vectors, so the output is equal to the weights: a probability for each key.
 class DifferentiableDictionary(nn.Module):
     """Attention with learned maps of query (..., T_q, d_model) and key (..., T_k, d_model)."""
 
@@ -163,7 +163,7 @@ def make_lookups(batch_size, n_keys, rotation, noise):
 # Shared with the other scripts, together with `attention` (can be skipped)
 def plot_attention(weights, x_labels, y_labels, path, titles=None, x_name="key", y_name="query",
                    marks=None):
-    """Save a heatmap for each of the weights (n_panels, T_q, T_k), all on one color scale.
+    """Save one heatmap for each panel of weights (n_panels, T_q, T_k), all on one color scale.
 
     `x_labels` are the keys, `y_labels` the queries. Every heatmap gets dots where `marks`, a
     boolean tensor (T_q, T_k), is True.
@@ -222,7 +222,7 @@ def parse_args(parser):
                         help="folder for output files (default: out)")
     args = parser.parse_args()
 
-    # Flush after every line, even into a file. Escape characters that the console cannot print.
+    # Flush after every line, even when writing to a file. Escape what the console cannot print.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     # On Ctrl-C or a closed pipe (| head), exit without a traceback.
@@ -286,7 +286,7 @@ if __name__ == "__main__":
     args = parse_args(parser)
     make_folder(args.out_dir)
 
-    # the example of the docstring, for three queries at once
+    # the example in the docstring, for three queries at once
     torch.set_printoptions(precision=2, sci_mode=False)
     query = torch.tensor([[2.0, 0.0, 2.0, 0.0],
                           [0.0, 0.0, 0.0, 0.0],  # all scores equal: it gets the plain mean
@@ -345,8 +345,7 @@ if __name__ == "__main__":
         loss.backward()
         optimizer.step()
 
-        # log. The untrained maps favor no key and the scores are small, so the loss starts near ln
-        # 12.
+        # log. Untrained, the scores are small and favor no key, so the loss starts near ln 12.
         if step == 0:
             print(f"step 0/{args.steps}: loss {loss:.4f}, "
                   f"uniform prediction ln {n_keys} = {math.log(n_keys):.4f}")

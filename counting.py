@@ -8,8 +8,8 @@ The layer has one learned query for each digit. The query for digit d should att
 to nothing else, and with a single layer the attention weights show directly whether it does.
 
 A sigmoid turns each score into a weight on its own, so the output is a sum with one term for every
-d. With softmax it would be a mean: the value of d alone, or if other digits get some weight, a
-vector that depends on the fraction of d. It never depends on the count.
+d. With softmax it would be a mean: the value of d alone or, if other digits get some weight, a
+vector that depends on the fraction of d. Writing the sequence twice would not change it.
 
 $ python counting.py                                     # train, count, plot the attention weights
 $ python counting.py --sequence "1 0 2 1 0 1 1 0 1 2"    # train, then count this sequence
@@ -44,9 +44,9 @@ from attention import attention, make_folder, number, parse_args
 #
 # Keys and values are linear maps of the one-hot digits. The queries are parameters, because the
 # questions are always the same: how many 0s, how many 1s, ...? After attention, the query is added
-# to the output and LayerNorm follows, as in a Transformer block. The queries start with small
-# numbers, so all scores are near 0, and no query strongly prefers a digit. (With 1.0 instead of
-# 0.3, softmax settles on wrong digits, see the exercise in README.md.)
+# to the output and LayerNorm follows, as in a post-norm Transformer block. The queries start with
+# small numbers, so all scores are near 0, and no query strongly prefers a digit. (With 1.0 instead
+# of 0.3, a softmax query can settle on a wrong digit: see the exercise in README.md.)
 class CountingModel(nn.Module):
     """One-hot digits (B, T, V) -> logits of the counts (B, V, L+1) and the weights (B, V, T).
 
@@ -80,8 +80,8 @@ def make_sequences(n, length, vocab_size):
     distribution: the lengths of the three pieces (for 3 digits) if the interval from 0 to 1 is cut
     at two random places. To draw a digit, choose a random point and take the number of its piece.
     The two cuts and the ten points are twelve independent uniform numbers. Sort them: the cuts are
-    equally likely to be any two of the twelve, and how many points lie before, between and after
-    them are the counts.
+    equally likely to be any two of the twelve, and the counts are how many points lie before,
+    between and after them.
     """
     # on the CPU, because torch before version 2.13 has no Dirichlet distribution for mps
     dirichlet = torch.distributions.Dirichlet(torch.ones(n, vocab_size))
@@ -114,9 +114,9 @@ def train(args, activation, all_lengths=True, verbose=False):
     """Train a model. `activation` is "sigmoid", "softmax" or "equal weights" (see `compare`).
 
     The sequences of a batch have the same length, because they form one tensor. With probability
-    1/2 their length is L, which has the most combinations of counts, otherwise random from 1 to L.
-    Without `all_lengths` it is always L. Then 3 zeros always come with 7 other digits, and the
-    query for 0 can just as well attend to everything but 0s. Several lengths rule that out.
+    1/2 their length is L, because L has the most combinations of counts; otherwise it is random
+    from 1 to L. Without `all_lengths` it is always L. Then 3 zeros always come with 7 other digits,
+    and the query for 0 can just as well attend to everything but 0s. Several lengths rule that out.
     """
     V = args.vocab_size
     L = args.sequence_length
@@ -131,7 +131,8 @@ def train(args, activation, all_lengths=True, verbose=False):
         model.key.requires_grad_(False)
     model.to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    # the learning rate rises from args.lr / 25 to args.lr and then falls to almost 0
+    # the learning rate rises from args.lr / 25 to args.lr in the first 30% of the steps, then falls
+    # to almost 0
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps,
                                                     cycle_momentum=False)
 
@@ -157,8 +158,8 @@ def train(args, activation, all_lengths=True, verbose=False):
         optimizer.step()
         scheduler.step()
 
-        # log. The random `out` prefers some counts, so the first loss is above or below ln(L + 1)
-        # by chance.
+        # log. The untrained `out` favors some counts by chance, so the first loss is a little above
+        # or below ln(L + 1).
         if verbose and step == 0:
             print(f"step 0/{args.steps}: loss {loss:.4f}, "
                   f"uniform prediction ln {L + 1} = {math.log(L + 1):.4f}")
@@ -173,8 +174,8 @@ def train(args, activation, all_lengths=True, verbose=False):
 # The weights. The default run prints them: each query gives its own digit a weight of 0.40 to 0.58
 # and every other digit at most 0.01. Why not 1 and 0? Only weight * value enters the sum. Weights
 # half as large with values twice as large give the same sum, so the loss does not prefer 1. The
-# other digits must get almost nothing, because a 1 in the sequence must not change the number of
-# 0s. But a sigmoid is exactly 0 only for a score of minus infinity.
+# other digits must get almost nothing, because a 1 in the sequence must not change the answer for
+# 0. They do not get exactly 0, because a sigmoid is 0 only for a score of minus infinity.
 #
 # The count. How does it get through LayerNorm and a single linear layer? If the query for 0 attends
 # to 0s alone, the vector before LayerNorm is query[0] + count * weight * value(0). As the count
@@ -185,10 +186,10 @@ def train(args, activation, all_lengths=True, verbose=False):
 # count 0 (default run, the other digits are 1s):
 #     count     0    1    2    3    4    5    6    7    8    9   10
 #     angle     0    7   20   42   75  102  119  128  134  138  140
-# The steps are no longer equal, but no two points coincide, because the query moves the line away
-# from the origin, so every count has its own direction. Without the query, count * weight *
-# value(0) would have the same direction for every count above 0, and LayerNorm, which keeps only
-# the direction, would make all these vectors equal.
+# The steps are no longer equal, but no two points coincide: the query moves the line away from the
+# origin, so every count has its own direction. Without the query, count * weight * value(0) would
+# have the same direction for every count above 0, and LayerNorm, which keeps only the direction,
+# would make all these vectors equal.
 #
 # Different points are enough for a linear layer, because among vectors of equal length, each has
 # its largest dot product with itself. So let all rows of `out` be equally long, each pointing at
@@ -264,22 +265,22 @@ def show_counts(models, digits, vocab_size, path):
 # half the weight. The rest of the model sees nothing else. So it gives both sequences the same
 # answer, and at least one of the two answers is wrong.
 #
-# So it has one answer for each fraction of 0s. If half of the digits are 0s, 5 is right at length
-# 10, but 2 at length 4. It could be right at length 10 and wrong elsewhere. But trained at all
-# lengths, its queries attend mostly to the right digits, and its answers are a compromise that
-# differs from run to run.
+# The model sees only fractions. If half of the digits are 0s, 5 is right at length 10, but 2 at
+# length 4. It could be right at length 10 and wrong elsewhere. But trained at all lengths, its
+# queries attend mostly to the right digits, and its answers are a compromise that differs from run
+# to run.
 #
 # Trained at length 10 only, softmax can count by fractions, because 0.3 always means 3. For that a
 # query must give the other digits some weight, too, because value(d) alone is the same for every
-# count. Even that needs LayerNorm (see the appendix). It is often right at length 9, too: 4/9 is
-# nearer to 4/10 than to 5/10 and is still read as 4, but 7/9 is nearer to 8/10 and is read as 8.
+# count. Even that needs LayerNorm (see the appendix). It is often right at length 9, too: 4/9 lies
+# between 4/10 and 5/10 and can still be read as 4. But nine 0s look exactly like ten.
 #
-# Why attend at all, and not just add up the values? If all keys are 0 and stay 0, every sigmoid is
-# 1/2, and all queries get the same sum. It contains all counts, and only the query that is added
-# afterwards says which one to read off. With `out` alone that is impossible (see the appendix).
-# With LayerNorm it works only in part: seeds 0 to 9 get 0.10 to 0.95 of the sequences of length 10
-# right, and none gets all. Attention selects the digit before the sum, so each query's sum contains
-# only its count.
+# Why attend at all? Why not just add up the values? If all keys are 0 and stay 0, every weight is
+# sigmoid(0) = 1/2, and all queries get the same sum. It contains all counts, and only the query
+# that is added afterwards says which one to read off. With `out` alone that is impossible (see the
+# appendix). With LayerNorm it works only in part: seeds 0 to 9 get 0.10 to 0.95 of the sequences of
+# length 10 right, and none gets all. Attention selects the digit before the sum, so each query's
+# sum contains only the count of its own digit.
 def compare(args, digits, n_seeds=3):
     """Train both activations, and equal weights, and print their accuracy at each length.
 
@@ -330,11 +331,11 @@ def compare(args, digits, n_seeds=3):
 #
 # For each of the four, take the logit of 10 minus the logit of 0. The two on the diagonal must be
 # positive, and the other two negative. But `out` is linear, so both pairs have the same sum,
-# because each of them adds up value(0), value(1), query[0] and query[1]. This is XOR: is the digit
-# in the sequence the query's digit? A linear layer cannot tell. (The same holds for equal weights,
-# with 5 value(0) and 5 value(1).) LayerNorm is not linear. Trained at length 10, softmax gets
-# 0.9999 of the sequences right, but 0.0000 with nn.Identity() instead of nn.LayerNorm(hidden)
-# (seeds 0 to 2).
+# because each of them adds up value(0), value(1), query[0] and query[1]. That is a contradiction.
+# It is XOR: is the digit in the sequence the query's digit? A linear layer cannot tell. (The same
+# holds for equal weights, with 5 value(0) and 5 value(1).) LayerNorm is not linear, so the proof
+# does not apply to it. Trained at length 10, softmax gets 0.9999 of the sequences right, but 0.0000
+# with nn.Identity() instead of nn.LayerNorm(hidden) (seeds 0 to 2).
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """
 Train a Transformer encoder to tell whether a bit string has an odd number of ones (its parity), and
-find the smallest classifier that can.
+search for the smallest classifier that can.
 
     0 1 1 0 1 0 0 0 0 0  ->  three ones: odd
     0 1 1 0 1 0 0 1 0 0  ->  four ones: even
 
 Parity looks trivial, but it is hard to learn. Flipping any single bit flips the label, so nine bits
-say nothing about the label without the tenth. The loss stays at that of a coin flip for about
-ninety steps (the plateau) before it falls.
+say nothing about the label without the tenth. For about ninety steps (the plateau) the loss stays
+close to that of a coin flip, and then it falls.
 
 The model has no position embeddings (it is not told where a bit is), and its tokens interact only
 through means. So it sees only the fraction of ones, and the 1,024 strings of length 10 are just 11
@@ -16,7 +16,7 @@ training string.
 
 $ python parity.py                # 2 blocks, width 8, 2,426 parameters
 $ python parity.py --d_model 16
-$ python parity.py --sweep        # how small can it get? 32 parameters get past 0.95
+$ python parity.py --sweep        # how small can it get? 32 parameters pass 0.95 accuracy
 
 Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762. The main
 differences: no positions, no dropout, LayerNorm before each layer instead of after it, SiLU instead
@@ -68,8 +68,8 @@ class MultiHeadSelfAttention(nn.Module):
 
     One head gives each token one weighted mean, and a mean of two values does not say which value
     came from where. With several heads a token can look at several things at once: one head may
-    attend to the ones, another to the zeros. Here each head returns d_model features, in the paper
-    d_model / n_heads.
+    attend to the ones, another to the zeros. Here each head returns d_model features; in the paper
+    it returns d_model / n_heads.
     """
 
     def __init__(self, d_model, d_key, n_heads):
@@ -85,7 +85,7 @@ class MultiHeadSelfAttention(nn.Module):
 # LayerNorm takes the vector of one token, subtracts the mean of its numbers and divides by their
 # standard deviation. For example, (1, 3, 5, 7) has mean 4 and standard deviation 2.24 (the root of
 # 20 / 4) and becomes (-1.34, -0.45, 0.45, 1.34). So the next layer gets inputs on the same scale,
-# whatever earlier layers do. (A learned weight and bias follow for each feature, 1 and 0 at the
+# whatever earlier layers do. (Each feature then gets a learned weight and bias, 1 and 0 at the
 # start.)
 #
 # A residual connection is the "x +" in x + f(x): a layer adds to its input instead of replacing it.
@@ -94,9 +94,9 @@ class MultiHeadSelfAttention(nn.Module):
 #
 # The paper normalizes the sum, LayerNorm(x + f(x)), as translate.py does (post-norm). Here only the
 # input of f is normalized, x + f(LayerNorm(x)) (pre-norm). Each script follows the exercise sheet
-# (see README). With post-norm, every gradient passes through LayerNorms, and large models do not
-# train without a warm-up: small steps at first. With pre-norm there is a path through the sums
-# alone, and no warm-up is needed (Xiong et al. 2020, https://arxiv.org/abs/2002.04745).
+# (see README). With post-norm, every gradient passes through LayerNorms, and large models often do
+# not train without a warm-up (small steps at first). With pre-norm there is a path through the sums
+# alone, and they train without one (Xiong et al. 2020, https://arxiv.org/abs/2002.04745).
 class TransformerBlock(nn.Module):
     """Attention, then an MLP, each added to its input, (B, T, d_model) -> (B, T, d_model).
 
@@ -122,10 +122,10 @@ class TransformerBlock(nn.Module):
 
 
 # Why the classifier sees only the fraction of ones:
-# - Attention treats the tokens as a set: swapping two tokens swaps their outputs and changes
-#   nothing else. The rest of a block works on each token separately, and the mean over all tokens
-#   at the end is the same after the swap. So only the numbers of ones and zeros can matter.
-# - Attention returns weighted means, and the last step is a mean, too. Writing a string n times
+# - Attention ignores order: swapping two tokens swaps their outputs and changes nothing else. The
+#   rest of a block works on each token separately, and the mean over all tokens at the end is the
+#   same after the swap. So only the numbers of ones and zeros can matter.
+# - Attention returns weighted means, and the classifier gets a mean, too. Writing a string n times
 #   multiplies both numbers by n and changes no mean. So only the fraction of ones can matter.
 # It follows that no model of this kind computes parity for all lengths: a string written twice gets
 # the same logits, but its number of ones is always even.
@@ -178,11 +178,11 @@ def one_string_per_count(seq_len, device="cpu"):
 # The model computes f = logit(odd) - logit(even) from the number of ones c, and answers "odd" where
 # f > 0. At the start f is smooth, close to a polynomial of low degree, because few layers compute
 # it, and each bends little. Over all strings, parity (-1 for even, 1 for odd) is uncorrelated with
-# every polynomial of c of degree below T. (c is the sum of the bits, and every power of a bit is
+# every polynomial in c of degree below T. (c is the sum of the bits, and every power of a bit is
 # the bit itself. So such a polynomial is a sum of products of fewer than T bits. Each product
 # leaves out a bit, and flipping that bit flips the parity but not the product, so the strings
 # cancel in pairs.) The loss of a string is ln(1 + exp(-f * parity)). For small f this is about ln 2
-# - f * parity / 2 + f^2 / 8 (the Taylor series, with parity^2 = 1), and its mean over all strings
+# - f * parity / 2 + f^2 / 8 (Taylor series, with parity^2 = 1), and its mean over all strings is
 #
 #     ln 2 - (mean of f * parity) / 2 + (mean of f^2) / 8
 #
@@ -193,19 +193,19 @@ def one_string_per_count(seq_len, device="cpu"):
 # So the plateau lasts as long as the middle term is negligible. We call the mean of f * parity the
 # parity component of f; the figure shows its size. In the default run it stays below 0.00002 for
 # eighty steps. Meanwhile f fits chance differences: some numbers of ones are more frequent among
-# the 800 training strings than among all strings, others less, so there parity is a little
-# correlated with smooth functions. The loss falls to 0.6919, a little below ln 2 = 0.6931. This
-# makes f more and more curved, until it is no longer close to a polynomial of low degree, and
-# within ten steps the component grows from 0.00002 to 0.005 (step 90). Half of that is more than
-# the 0.0012 that the chance differences have gained, so now parity matters most: gradient descent
-# increases the component, because that lowers the loss. It is 0.02 at step 95, 0.06 at 105, 0.20 at
-# 120 and 0.71 at 145. This reinforces itself: f is proportional to the weights and bias of the last
-# layer, so if they grow by 1%, so does the component, and the larger it is, the more the loss
-# falls. (Without chance differences the plateau also ends, but later: see README, exercise 1. The
-# component is never exactly 0, so the loss has a small gradient along it from the start.)
+# the 800 training strings than among all strings, others less, so in training parity is slightly
+# correlated with smooth functions. The loss falls to 0.6919, a little below ln 2 = 0.6931. This fit
+# bends f more and more, until it is no longer close to a polynomial of low degree, and within ten
+# steps the component grows from 0.00002 to 0.005 (step 90). The middle term, half of that, now
+# lowers the loss by more than the 0.0012 that the chance differences have gained, so from here on
+# gradient descent mainly increases the component. The growth feeds itself: f is proportional to the
+# weights and bias of the last layer, so if they grow by 1%, so does the component, and the larger
+# it is, the more the loss falls. (Without chance differences the plateau also ends, but later: see
+# README, exercise 1. The component is never exactly 0, so the loss has a small gradient along it
+# from the start.)
 #
 # The loss spikes later because some steps are too large. By then f jumps by 10 to 20 between
-# neighboring numbers of ones, so small changes of the weights change it a lot. Adam's steps do not
+# neighboring numbers of ones, so small changes in the weights change it a lot. Adam's steps do not
 # shrink with the gradient, because Adam divides it by an average of its recent size. At step 243,
 # f(7) falls from 7.7 to -1.4, and all 120 strings with 7 ones are wrong. Their gradient is far
 # above that average, and brings f(7) back within two steps. (With a tenth of the learning rate from
@@ -214,8 +214,8 @@ def one_string_per_count(seq_len, device="cpu"):
 def exact_accuracy(model, seq_len):
     """The accuracy on all 2^T strings, computed from one string for each number of ones 0 ... T.
 
-    Also returns whether the model is right for each number of ones (T+1,), and f = logit(odd) -
-    logit(even) for each (T+1,). Where f > 0 the answer is "odd".
+    Also returns whether the model is right for each number of ones (T+1,), and the values of f =
+    logit(odd) - logit(even) (T+1,).
     """
     device = next(model.parameters()).device
     strings, parities, fractions = one_string_per_count(seq_len, device)
@@ -234,7 +234,7 @@ def parity_component(f):
 
 
 def plot_curve(losses, accuracies, components, path):
-    """Save loss, accuracy, and size of the parity component (it may be negative) over the steps."""
+    """Save a figure of loss, accuracy and |parity component| at each training step."""
     figure, axes = plt.subplots(3, 1, figsize=(8, 7), sharex=True, layout="constrained")
     axes[0].plot(losses)
     axes[0].axhline(math.log(2), color="gray", linestyle=":", label="coin flip, ln 2")
@@ -278,17 +278,18 @@ def plot_curve(losses, accuracies, components, path):
 #
 # The second row is a theorem: two SiLUs and a constant change sign at most five times (proved in
 # assets/proof_20.md), so at most 968 of the 1,024 strings are right. The third row is only the best
-# found: whether 32 parameters can get all strings right is open. At width 1, LayerNorm subtracts a
-# number from itself, so all strings look alike. A network of width n without a block has n^2 + 7n +
-# 2 parameters: 2n in the embedding, 2n in LayerNorm, n^2 + n and 2n + 2 in the two layers of the
-# classifier. One block of width 2 alone adds 38. So all other networks have at least 32 parameters,
-# and 32 is the smallest number that passes 0.95.
+# found: whether 32 parameters can get all strings right is open. At width 1, with or without
+# blocks, the last LayerNorm subtracts a number from itself, so all strings look alike. A network of
+# width n without a block has n^2 + 7n + 2 parameters: 2n in the embedding, 2n in LayerNorm, n^2 + n
+# and 2n + 2 in the two layers of the classifier. A block of width 2 adds at least 38. So every
+# network that is wider, or has width 2 and a block, has at least 32 parameters, and 32 is the
+# smallest number that passes 0.95.
 #
-# The search below finds these networks. NETWORKS has their widths and the numbers of ones that they
-# may get wrong. With 5 of 10 sign changes, at least three numbers are wrong: giving up a number
-# between two others saves two changes, because f may keep the sign of its neighbors there, and
-# giving up an end (0 or 10) saves only one. 0, 2 and 9 save 1 + 2 + 2 = 5 and cost least, 1 + 45 +
-# 10 strings. (0, 2 and 10 are only 47 strings, but save only four.)
+# The search below finds these networks. NETWORKS lists their widths and the numbers of ones that
+# they may get wrong. With only 5 of the 10 sign changes, at least three numbers are wrong: giving
+# up a number between two others saves two changes, because f may keep the sign of its neighbors
+# there, and giving up an end (0 or 10) saves only one. 0, 2 and 9 save 1 + 2 + 2 = 5 and cost
+# least, 1 + 45 + 10 strings. (0, 2 and 10 are only 47 strings, but save only four.)
 NETWORKS = [
     (2, [0, 2, 9]),
     (3, [10]),
@@ -312,8 +313,8 @@ def hidden_units(x, w, b):
 def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
     """Find w, b (n,) and a (n+1,) such that f = hidden_units(x, w, b) @ a is near the targets (P,).
 
-    x (P,) lies in [-1, 1], and the targets are -1 or 1. Only w and b need a search: f is linear
-    in a (its last number is k), so the best a is a least squares problem.
+    x (P,) lies in [-1, 1], and the targets are -1 or 1. Only w and b need a search: f is linear in
+    a (its last number is k), so least squares gives the best a.
     """
     # many random starts
     shape = (n_starts, width)
@@ -365,7 +366,7 @@ def search(x, targets, width, n_starts=1000, n_rounds=10, n_steps=300):
 
 @torch.no_grad()
 def count_right(model, seq_len):
-    """How many of all 2^T strings the model gets right."""
+    """How many of the 2^T strings the model gets right."""
     bits = [torch.arange(2)] * seq_len
     strings = torch.cartesian_prod(*bits).view(-1, seq_len)                # (2^T, T)
     answers = model(strings).argmax(dim=1)                                 # (2^T,)
@@ -378,7 +379,7 @@ def count_right(model, seq_len):
 # strings are checked in both. If a network falls short, search again.
 def smallest_network(width, may_be_wrong, seq_len=10, n_tries=10):
     """Find a model without a block that is right except for the numbers of ones `may_be_wrong`."""
-    model = TransformerClassifier(2, 2, d_model=width, d_key=1, n_heads=1, mlp_factor=1, n_layers=0)
+    model = TransformerClassifier(2, 2, d_model=width, n_layers=0)
     d = torch.linspace(-1, 1, width)
     model.token_embedding.weight.data = torch.stack([-d, d])
     u = model.final_layer_norm(d).detach().double()
@@ -515,8 +516,8 @@ if __name__ == "__main__":
     # this mean covers about ten steps and keeps up. The default of 0.999 would cover all steps so
     # far and lag behind.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.9))
-    # the learning rate rises from args.lr / 25 to args.lr and then falls to almost 0 (pre-norm
-    # could do without this warm-up)
+    # the learning rate rises from args.lr / 25 to args.lr in the first 30% of the steps, then falls
+    # to almost 0 (pre-norm could do without this warm-up)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps,
                                                     cycle_momentum=False)
 
