@@ -47,10 +47,9 @@ from attention import attention, download, make_folder, number, parse_args, plot
 # The Transformer (Figure 1 of the paper)
 #
 # A token is a word or a piece of one, stored as an integer. A logit is the score of a token before
-# softmax turns scores into probabilities. BOS (beginning of sentence) is what the decoder reads
-# before it has written anything, and by writing EOS (end of sentence) it says that it has finished.
-# In the shapes there are B sentences, S source tokens, T target tokens, and H heads of width d_k =
-# d_model / H. Read from bottom to top:
+# softmax turns scores into probabilities. The decoder starts by reading BOS (beginning of sentence)
+# and finishes by writing EOS (end of sentence). The shapes are for B sentences, S source tokens, T
+# target tokens, and H heads of width d_k = d_model / H. Read from bottom to top:
 #
 #                                                        logits (B, T, vocab_size)
 #                                                      token embedding, transposed
@@ -68,9 +67,9 @@ from attention import attention, download, make_folder, number, parse_args, plot
 #
 # "add & LayerNorm" adds a layer's input to its output (the residual connection) and normalizes the
 # sum. This is post-norm; parity.py normalizes first. The main differences from the paper: positions
-# are learned instead of sinusoidal (which was equally good there), the feed-forward network is 2
-# instead of 4 times as wide as the model, whole words are dropped at random, and the learning rate
-# falls along a cosine.
+# are learned instead of sinusoidal (the paper found hardly any difference), the hidden layer of the
+# feed-forward network is 2 instead of 4 times as wide as the model, whole tokens are dropped at
+# random, and the learning rate falls along a cosine.
 
 PAD, BOS, EOS = 0, 1, 2     # padding, beginning of sentence, end of sentence
 MAX_LEN = 100               # number of positions: the most tokens that a sentence can have
@@ -79,12 +78,12 @@ MAX_LEN = 100               # number of positions: the most tokens that a senten
 class MultiHeadAttention(nn.Module):
     """H attention heads side by side (section 3.2.2).
 
-    A head gives each query one weighted mean. With H heads it can look up H things at once, at the
-    same cost, because each head has 1/H of the width. In the paper one head is 0.9 BLEU
+    A head gives each query one weighted mean. With H heads it can look up H things at once, at
+    about the same cost, because each head has 1/H of the width. In the paper one head is 0.9 BLEU
     (translation quality, see `bleu`) worse than the best number of heads (table 3). The toy
-    language does not need several: with --n_heads 1, all test sentences are right, too, and the
-    last block's head attends to the right source word for 96% of the words, against 99% for the
-    best head here (see `alignment_accuracy`).
+    language does not need several: with --n_heads 1 all test sentences still come out right, and
+    the last block's head finds the source word of 96% of the words, against 99% for the best head
+    of the default model (see `alignment_accuracy`).
     """
 
     def __init__(self, d_model, n_heads):
@@ -109,11 +108,11 @@ class MultiHeadAttention(nn.Module):
         output (B, T, d_model) and the attention weights (B, H, T, S).
 
         The KV cache: when we decode token by token (see `greedy`), earlier tokens do not attend to
-        the new one, so in every layer their keys and values stay the same, and the source never
-        changes. (Their queries are not needed again, because only the new token's logits are.) So
-        the dict `cache` keeps all keys and values, for each attention layer, instead of computing
-        them again at every step: without it, beam search takes six times as long. Then memory
-        holds only the tokens that are not yet in the cache, or is None if there are none:
+        the new one, so in every layer their keys and values stay the same. The source does not
+        change either. (Old queries are not needed, because we only want the new token's logits.) So
+        the dict `cache` keeps the keys and values of each attention layer, and only those of new
+        tokens are computed: without it, beam search takes six times as long. With a cache, memory
+        holds only the tokens that are not in it yet, or is None if there are none:
 
                    self-attention              cross-attention (7 source tokens)
                    memory     all keys         memory     all keys
@@ -168,7 +167,7 @@ class EncoderBlock(nn.Module):
 class DecoderBlock(nn.Module):
     """Causal self-attention, cross-attention to the source, then the feed-forward network.
 
-    Without cross-attention this is a block of GPT, which has no source and predicts the next token
+    Without cross-attention this is much like GPT, which has no source and predicts the next token
     from the text so far.
     """
 
@@ -201,16 +200,15 @@ class TransformerModel(nn.Module):
         # Both languages share their tokens, so one matrix embeds them all. It is also the output
         # layer (section 3.4): the logit of a token is the dot product of its embedding and the
         # decoder's output. This works because tokens that are used in similar ways need similar
-        # vectors in both jobs: as inputs, to act alike on what follows, and as outputs, to get
-        # similar logits, because they fit the same gaps. It saves a second matrix of this size, and
-        # it makes copying a name easy: cross-attention only has to bring the embedding of the
-        # source token to the output, where its dot product with the same embedding is large.
-        # Attention does not see the order of tokens, so positions are added. The sum still holds
-        # both, because they use different directions, so a linear map can read one and ignore the
-        # other: in the tatoeba model, 10 directions hold 81% of the variance of the first 20
-        # positions, but only 3% of that of the tokens. (10 random ones of 192 would hold 5%: with
-        # that many dimensions there is room for both.)
+        # vectors in both jobs: as inputs they should have similar effects, and as outputs they
+        # should get similar logits. It saves a second matrix of this size, and it makes copying a
+        # name easy: cross-attention only has to bring the embedding of the source token to the
+        # output, where its dot product with the same embedding is large.
         self.token_embedding = nn.Embedding(vocab_size, d_model)
+        # Attention does not see the order of tokens, so positions are added. The sum still holds
+        # both, because they use mostly different directions, so a linear map can read one and
+        # ignore the other: in the tatoeba model, 10 directions of 192 hold 81% of the variance of
+        # the first 20 positions, but only 3% of that of the tokens. (10 random ones would hold 5%.)
         self.position_embedding = nn.Embedding(max_len, d_model)
         self.dropout = nn.Dropout(dropout)
         # In training, dropout sets randomly chosen values to 0, so the model learns not to rely on
@@ -225,15 +223,15 @@ class TransformerModel(nn.Module):
             DecoderBlock(d_model, n_heads, dropout) for _ in range(n_dec_layers))
         # LayerNorm gives the output layer d_model inputs of standard deviation 1. Weights of
         # standard deviation 1 / sqrt(d_model) turn them into logits of standard deviation 1. Even
-        # so, the loss at step 0 is more than 1 above that of a uniform prediction, ln(vocab_size).
-        # It is ln(sum of all e^logit) minus the right logit, and the mean of e^logit is about
-        # e^(1/2) = 1.65 instead of 1 (as for normal random numbers). And residual connections carry
-        # the embedding of the input token to the output, so the untrained model predicts the token
-        # that it has just read: for tatoeba with a logit of about 9. Together this is about
+        # so, tatoeba's loss at step 0 is 10.3, not the ln(8,259) = 9.0 of a uniform prediction. The
+        # loss is ln(sum of all e^logit) minus the right logit, and for normal random logits the
+        # mean of e^logit is e^(1/2) = 1.65 instead of 1. Residual connections also carry the
+        # embedding of the input token to the output, so the untrained model predicts the token that
+        # it has just read, with a logit of about 9. Together these give about
         # ln(1.65 * 8,259 + e^9) = 10.0.
         nn.init.normal_(self.token_embedding.weight, std=d_model ** -0.5)
-        # `embed` gives tokens a standard deviation of 1. With 0.5, positions have a fifth of the
-        # variance of the sum: at first it is mostly the word that counts, because words say more.
+        # `embed` gives tokens a standard deviation of 1. Positions start with 0.5, a fifth of the
+        # variance of the sum, because the word usually says more than its position.
         nn.init.normal_(self.position_embedding.weight, std=0.5)
 
     def embed(self, tokens, start=0):
@@ -266,11 +264,11 @@ class TransformerModel(nn.Module):
         end = start + tgt.size(1)
         # The causal mask. 1 means may attend.
         #     1 0 0 0    Row i predicts token i + 1. It may attend to tokens 0 to i, but not to the
-        #     1 1 0 0    one that it predicts. So in training the input can be the whole reference,
-        #     1 1 1 0    and one forward pass trains all positions. With 3 tokens in the cache, tgt
-        #     1 1 1 1    is token 3 alone, and only row 3 is needed.
-        # Padding comes after all real tokens, so none of them attends to it. What is predicted
-        # after padding does not matter, because the loss ignores it.
+        #     1 1 0 0    one that it predicts. So in training the input can be the whole reference
+        #     1 1 1 0    (the given translation), and one forward pass trains all positions. With 3
+        #     1 1 1 1    tokens in the cache, tgt is token 3 alone, and only row 3 is needed.
+        # Padding comes after all real tokens, so none of them attends to it. The predictions at
+        # padding do not matter, because the loss ignores them.
         tgt_mask = torch.ones(end, end, dtype=torch.bool, device=tgt.device).tril()
         tgt_mask = tgt_mask[start:]                             # (T, end)
         x = self.embed(tgt, start)
@@ -291,17 +289,18 @@ class TransformerModel(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Data 1: the toy language (read the examples, skip the code on a first reading)
 #
-# English shows by position who does what: the subject comes before the verb. In German, the article
-# marks a masculine object ("der" becomes "den", "ein" becomes "einen"), so it may come first:
+# In English, position shows who does what: the subject comes before the verb. In German, the
+# article marks a masculine object ("der" becomes "den", "ein" becomes "einen"), so the object may
+# come first:
 #
 #     Der Mann sieht den Hund.                      The man sees the dog.
 #     Den Mann sieht der Hund.                      The dog sees the man.
 #     Gestern hat die Ärztin einen Vogel gehört.    Yesterday the doctor heard a bird.
 #
-# The finite verb (sieht, hat) is the second element, and a participle (gehört) comes last. In
-# our grammar other objects never come first, because their articles do not mark them. So every
+# The finite verb (sieht, hat) is the second element, and a participle (gehört) comes last. In our
+# grammar only masculine objects come first, because the other articles do not change. So every
 # German sentence has exactly one translation. This lets us count any other translation as wrong,
-# and we know the German words of every English word.
+# and we know which German words every English word comes from.
 
 TOY_SEED = 1_218_789        # with this seed line 7 is a good example
 N_TOY_LINES = {"train": 100_000, "val": 10_000, "test": 30_000}     # see `toy_lines`
@@ -360,7 +359,7 @@ def _noun_phrase(rng, noun, definite, is_object):
 def toy_pair(n):
     """Line n of the toy language: the German sentence, the English one, and the alignment.
 
-    The alignment lists for every English word and the full stop the indices of its German words.
+    For every English word and the full stop, the alignment lists the indices of its German words.
     """
     rng = random.Random(TOY_SEED + n)
     subject_noun = _pick(rng, NOUNS)
@@ -436,7 +435,7 @@ def part_of(german):
 
 
 def toy_lines(part):
-    """Those of the first N_TOY_LINES[part] lines that belong to a part, each sentence once."""
+    """The lines that belong to a part, among the first N_TOY_LINES[part], each sentence once."""
     lines = {}
     for n in range(1, N_TOY_LINES[part] + 1):
         german, english, alignment = toy_pair(n)
@@ -465,8 +464,9 @@ def normalize(text):
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-# What `fold` replaces: quotation marks, apostrophes and dashes of all kinds by the usual one, and
-# two signs by words. "↑" is dropped, because it marks capital letters (see `mark_capitals`).
+# What `fold` replaces: quotation marks, apostrophes and dashes of all kinds with the usual one, two
+# signs with words, and ı and ł with i and l, because Unicode does not split them into a letter and
+# a mark. "↑" is dropped, because it marks capital letters (see `mark_capitals`).
 REPLACEMENTS = {"…": "...", "€": " euro", "$": " dollar", "ı": "i", "ł": "l", "Ł": "l", "↑": ""}
 REPLACEMENTS |= dict.fromkeys("„“”‟«»", '"')
 REPLACEMENTS |= dict.fromkeys("‚‘’‛ʼ‹›´`′", "'")
@@ -517,7 +517,7 @@ def _key(text):
 
 
 def split_pairs(pairs, part):
-    """The pairs in one part of a corpus. Those of "val" and "test" are new to the model.
+    """The pairs in one part of a corpus. "val" and "test" are held out: new to the model.
 
     "Komm!" and "Komm her!" are both "Come here!", so the translation of a held-out sentence may
     occur in training. Therefore a held-out pair counts only if neither its German nor its English
@@ -565,19 +565,19 @@ def load_pairs(data, part):
 #
 # (In a tie, such as n + d and u + n, the pair with the smaller token numbers is merged.)
 #
-# Both languages share their tokens, so a name is the same tokens in both, and the model can copy it
-# without having seen it. For that it must look the same in both. So German is folded, and in
-# English a capital letter becomes a lowercase one with a token of its own before it, "↑" (Berard et
-# al. 2019, https://arxiv.org/abs/1907.06488, call it inline casing). "Jürgen" is copied as
-# "Juergen", and `restore_accents` puts the "ü" back.
+# Both languages share their tokens, so the model can copy a name that it has never seen, if the
+# name looks the same in both. So German is folded (see `fold`), and in English a capitalized word
+# is written in lower case after "↑", a token of its own (Berard et al. 2019,
+# https://arxiv.org/abs/1907.06488, call it inline casing). "Jürgen" is copied as "Juergen", and
+# `restore_accents` puts the "ü" back.
 #
 #     Ich heiße Anna.      " ich heisse anna."
 #     My name is Anna.     "↑ my name is↑ anna."
 #
-# Every sentence starts with a space, so the first word has the tokens that it has elsewhere. Every
-# digit is a token, because a number can be copied digit by digit.
+# Every sentence starts with a space, so its first word gets the same tokens as elsewhere. Every
+# digit is a token, so that numbers can be copied digit by digit.
 
-# "↑", letters, one digit, or other marks, each with the space before it; or white space. These are
+# "↑"; or letters, one digit, or other marks, with the space before them; or white space. These are
 # the words that are cut into tokens: merges never cross their borders.
 WORD = re.compile(r"↑| ?[^\W\d]+| ?\d| ?[^\w\s↑]+|\s+")
 FIRST_BYTE = EOS + 1                        # tokens: PAD, BOS, EOS, 256 bytes, then the merges
@@ -624,8 +624,8 @@ def learn_merges(texts, n_merges):
         pair = min(pair for pair, count in counts.items() if count == most)  # a tie: the smallest
         token = FIRST_BYTE + 256 + len(merges)
         merges.append(pair)
-        # Only the words that contain the pair change, so only their pairs are counted again. To
-        # count all pairs again after every merge would take half an hour.
+        # Only the words that contain the pair change, so only their pairs are counted again.
+        # Counting all pairs again after every merge would take half an hour.
         for i in words_with.pop(pair):
             for p in zip(words[i], words[i][1:]):
                 counts[p] -= frequencies[i]
@@ -660,7 +660,7 @@ class Tokenizer:
     def encode_word(self, word):
         """The tokens of a word: its bytes, merged in the order in which the merges were learned.
 
-        In another order it could get other tokens than it had when the merges were learned.
+        In another order the word could get different tokens than it had during learning.
         """
         tokens = _bytes_of(word)
         while True:
@@ -705,7 +705,7 @@ def encode_source(tokenizer, german):
 
 
 def encode_pairs(tokenizer, pairs):
-    """(German, English) pairs -> pairs of lists of tokens (src, tgt). Too long ones are dropped."""
+    """(German, English) pairs -> pairs of lists of tokens (src, tgt), without those too long."""
     examples = []
     for german, english in pairs:
         src = encode_source(tokenizer, german)
@@ -720,15 +720,15 @@ def encode_pairs(tokenizer, pairs):
 # --------------------------------------------------------------------------------------------------
 # Training sentences that look like what people type (the functions can be skipped)
 #
-# A model learns what its training data shows. In a fifth of the everyday sentences the name is Tom,
-# numbers are rare, and every line is one sentence without typing errors. A model that is trained on
-# them translates other names into something else, loses digits, and stumbles over a missing letter.
-# So pairs of single words are added, and every epoch changes the training sentences at random:
+# A fifth of the everyday sentences mention Tom, numbers are rare, and nearly every line is a single
+# sentence without typing errors. A model trained on them alone translates other names into
+# something else, loses digits, and stumbles over a missing letter. So pairs of single words are
+# added, and the training sentences are changed at random in every epoch:
 #
 # single words      Words that mostly occur together, such as "Hund" and "dog", become pairs,
-#                   because a model that has seen only sentences makes a sentence of every word.
-# names, numbers    A name or number that stands in both sentences is replaced in both by an
-#                   invented one. The model never sees it again, so it has to learn to copy.
+#                   because a model that has seen only sentences turns every word into a sentence.
+# names, numbers    A name or number that occurs in both sentences is often replaced with an
+#                   invented one. There are too many of these to memorize, so the model has to copy.
 # joined sentences  A sixth of the sentences are joined in twos and threes (Kondo et al. 2021,
 #                   https://arxiv.org/abs/2104.08478).
 # typing errors     German words lose, double, swap or change a letter (Karpukhin et al. 2019,
@@ -745,7 +745,7 @@ ENDINGS = ["", "", "", "n", "r", "l", "s", "t", "ck", "nn"]
 
 
 def invent_name(rng):
-    """A name of one to three syllables, such as "Breika", and sometimes a second one."""
+    """A name of one to four syllables, such as "Breika", and sometimes a second one."""
     name = rng.choice(VOWELS) if rng.random() < 0.3 else ""
     for _ in range(rng.choice([1, 2, 2, 3])):
         name += rng.choice(CONSONANTS) + rng.choice(VOWELS)
@@ -762,17 +762,16 @@ def invent_number(rng):
 
 
 def invent_names_and_numbers(german, english, rng):
-    """Replace names and numbers that stand in both sentences by the same invented ones in both."""
+    """Replace some names and numbers that occur in both sentences with the same invented ones."""
     words = re.findall(r"\b[A-Z][a-z]{2,}|\d+", english)
     pairs = [(word, word) for word in dict.fromkeys(words)]     # each word once
     pairs += NUMBER_WORDS
     for german_word, english_word in pairs:
         german_pattern = rf"\b{german_word}(?=s?\b)"            # also the Tom of "Toms"
         english_pattern = rf"\b{english_word}(?=s?\b)"
-        if not re.search(german_pattern, german) or not re.search(english_pattern, english):
-            continue
+        in_both = re.search(german_pattern, german) and re.search(english_pattern, english)
         is_name = english_word[0].isupper()
-        if rng.random() < (0.5 if is_name else 0.7):
+        if in_both and rng.random() < (0.5 if is_name else 0.7):
             new = invent_name(rng) if is_name else invent_number(rng)
             german = re.sub(german_pattern, new, german)
             english = re.sub(english_pattern, new, english)
@@ -794,7 +793,7 @@ def join_some(pairs, rng):
 
 
 def mistype(word, rng):
-    """A word in which a letter, but not the first, is lost, doubled, swapped or changed."""
+    """A word with one letter, but not the first, lost, doubled, swapped or changed."""
     i = rng.randrange(1, len(word))
     before = word[:i]
     letter = word[i]
@@ -818,12 +817,12 @@ def word_pairs(pairs):
     together = collections.Counter()
     for german, english in pairs:
         german_words = set(re.findall(r"[^\W\d]+", fold(german)))
-        # without the first English word, which has a capital letter in any case
+        # skip the first English word, which is capitalized anyway
         english_words = set(re.findall(r"[A-Za-z']+", english)[1:])
         german_counts.update(german_words)
         english_counts.update(english_words)
         together.update(itertools.product(german_words, english_words))
-    # Keep what occurs too often to be chance. Names stand in both languages as they are.
+    # Keep pairs that occur too often to be chance, except names, which need no translation.
     found = []
     for (german, english), count in together.items():
         total = german_counts[german] + english_counts[english]
@@ -863,11 +862,10 @@ def make_batches(examples, batch_tokens, rng):
     for i, (src, tgt) in enumerate(examples):
         noisy_length = len(tgt) + int(2 * rng.random())
         order.append((noisy_length, len(src), i))
-    order.sort()
     batches = []
     batch = []
     longest = 0
-    for _, _, i in order:
+    for _, _, i in sorted(order):
         src, tgt = examples[i]
         length = len(src) + len(tgt)
         longest = max(longest, length)
@@ -882,7 +880,7 @@ def make_batches(examples, batch_tokens, rng):
 
 
 def training_batches(tokenizer, pairs, data, batch_tokens, seed):
-    """Endless batches: lists of examples. Every epoch has its own random numbers.
+    """Endless batches: lists of examples. An epoch depends only on the seed and its number.
 
     So a resumed run, which skips the batches that it has had, goes on as if never interrupted.
     """
@@ -932,11 +930,11 @@ def validation_loss(model, examples, device):
 def learning_rate(step, n_steps, peak):
     """The learning rate of a step: a linear warm-up to `peak`, then a cosine down to zero.
 
-    Adam divides each gradient by the root of the mean of its recent squares. At the start this mean
-    covers few batches, so the steps are as long as later, but their direction is mostly chance.
-    Large post-norm Transformers do not recover from such steps, and do not train without a warm-up
-    (https://arxiv.org/abs/2002.04745). Ours are small and learned without it, too: the toy
-    language, and the first 1,000 steps of tatoeba. At the end, small steps let the weights settle.
+    Adam divides the mean of recent gradients by the root of the mean of their squares. At the start
+    both cover few batches, so noise hardly cancels: the steps are long and mostly random. Large
+    post-norm Transformers do not train without a warm-up (https://arxiv.org/abs/2002.04745). Ours
+    are small and also learned without one (the toy language, and tatoeba for the first 1,000
+    steps). At the end, small steps let the weights settle.
     """
     warmup = max(1, min(n_steps // 10, 1000))   # in steps
     if step < warmup:
@@ -966,12 +964,12 @@ def greedy(model, src):
     return tokens[:, 1:]
 
 
-# Greedy decoding cannot go back, but the most probable first word need not lead to the best
-# sentence. (On the test part of tatoeba it gets 50.31 BLEU, and beam search with 5 hypotheses
-# 51.48.) So beam search keeps the `beam` best hypotheses. A hypothesis is a partial translation,
+# Greedy decoding cannot take back a token, even if another first token would lead to a better
+# sentence. So beam search keeps the `beam` best hypotheses. A hypothesis is a partial translation,
 # and its score is the sum of the log probabilities of its tokens. Every step extends each
-# hypothesis by every token and keeps the best results, here one from each hypothesis (both could be
-# from the same). With beam = 2:
+# hypothesis by every token and keeps the best results. (On the test part of tatoeba, greedy
+# decoding gets 50.31 BLEU, and beam search with 5 hypotheses 51.48.) In this example with beam = 2,
+# one result of each hypothesis is kept, but both could come from the same one:
 #
 #   step 1    I (-0.4)               We (-1.3)              ...     the 2 best first tokens
 #   step 2    I sleep (-0.9)         I am (-1.5)
@@ -987,11 +985,10 @@ def greedy(model, src):
 
 
 @torch.no_grad()
-def beam_search(model, src, beam, length_penalty=1.0):
-    """Translate src (B, S): the hypothesis with the highest score / length ** length_penalty.
+def beam_search(model, src, beam):
+    """Translate src (B, S): the hypothesis with the highest score / length.
 
-    A larger length_penalty favors longer translations, because scores are negative. Returns (B, T)
-    as `greedy` does. The hypotheses of a sentence are neighboring rows.
+    Returns (B, T) as `greedy` does. The hypotheses of a sentence are neighboring rows.
     """
     B = len(src)
     memory, src_mask = model.encode(src)
@@ -1015,14 +1012,14 @@ def beam_search(model, src, beam, length_penalty=1.0):
         # Rank all extensions of a sentence, and keep the best.
         lengths = lengths + ~ended              # one token more, unless it has ended
         extended = scores.unsqueeze(-1) + log_probs
-        ranking = extended / lengths.unsqueeze(-1) ** length_penalty
+        ranking = extended / lengths.unsqueeze(-1)
         _, best = ranking.flatten(1).topk(beam)                             # (B, beam), best first
         parent = best // vocab_size                 # which hypothesis is extended
         token = best % vocab_size                   # by which token
         scores = extended.flatten(1).gather(1, best)
         lengths = lengths.gather(1, parent)
         ended = ended.gather(1, parent) | (token == EOS)
-        # The hypotheses continue in a new order, and so do their keys and values.
+        # Put the tokens, keys and values in the order of the new hypotheses.
         rows = (first_row + parent).flatten()                               # (B * beam,)
         tokens = torch.cat([tokens[rows], token.view(-1, 1)], dim=1)
         for module, (key, value) in cache.items():
@@ -1065,15 +1062,15 @@ def translate(model, tokenizer, sentences, beam):
 #
 # An n-gram is a sequence of n words. For n = 1 to 4, the precision is the fraction of the
 # translations' n-grams that occur in the reference. BLEU is the geometric mean of the four, times
-# 100. It has a penalty if the translations are shorter than the references, because leaving out
-# every doubtful word would make the precisions high. Human translators score far below 100, too,
-# because there are many good translations and only one reference.
+# 100. Translations shorter than the references get a penalty, because leaving out every doubtful
+# word would make the precisions high. Even human translators score far below 100, because a
+# sentence has many good translations but only one reference.
 #
 #     reference      the old king sees the dog today
 #     translation    the old king sees the cat
 #
-# The precisions are 5/6, 4/5, 3/4 and 2/3, with the geometric mean 0.76. Six words instead of seven
-# cost a factor of exp(1 - 7/6) = 0.85, so BLEU is 64.3.
+# The precisions are 5/6, 4/5, 3/4 and 2/3, with a geometric mean of 0.76. Six words instead of
+# seven cost a factor of exp(1 - 7/6) = 0.85, so BLEU is 64.3.
 def bleu_words(text):
     """Split a text into words and punctuation marks as mteval-v13a, the standard script, does."""
     text = text.replace("<skipped>", "").replace("&quot;", '"')
@@ -1129,10 +1126,10 @@ def bleu(translations, references):
 # the diagonal for 66% and chance for 14%.
 #
 # Row i of the weights belongs to the step that reads token i and writes token i + 1. In the last
-# block it attends to the source of the word that it writes. This is the last chance to read the
-# source, because only a feed-forward network follows before the output layer. Earlier blocks are
-# free to look elsewhere, because later ones can still look it up. (None of this is forced: an
-# earlier block could have brought the word, or the encoder could have moved it.)
+# block the heads mostly attend to the source of the word that is written. This is the last chance
+# to read the source, because only a feed-forward network follows before the output layer. Earlier
+# blocks are free to look elsewhere, because the last one can still look that word up. (None of this
+# is forced: an earlier block could have fetched the word, or the encoder could have moved it.)
 def right_words(alignment, n_source_words):
     """(T, S) booleans: True where source word s is right for target word t."""
     right = torch.zeros(len(alignment), n_source_words, dtype=torch.bool)
@@ -1170,7 +1167,7 @@ def alignment_accuracy(model, tokenizer, lines):
         _, weights = model.decode(tgt, memory, src_mask)    # the reference is the decoder's input
         weights = torch.cat(weights)                        # (n_dec_layers, H, T + 3, S + 1)
         attended = weights[..., :S].argmax(dim=-1).cpu()    # without EOS
-        # BOS writes "↑", and row 1, which reads it, writes the first word
+        # row 0 reads BOS and writes "↑", row 1 reads "↑" and writes the first word
         attended = attended[..., 1:T + 1]                   # (n_dec_layers, H, T)
         hits += right[torch.arange(T), attended].sum(dim=-1)
         chance += right.float().mean(dim=1).sum()
@@ -1255,8 +1252,8 @@ def load_model(path, device):
         tokenizer = Tokenizer(saved["merges"])
         data = saved["data"]
     except Exception as error:
-        sys.exit(f"cannot load {path} ({type(error).__name__}): --load needs a file that a "
-                 "training has saved")
+        sys.exit(f"cannot load {path} ({type(error).__name__}): --load needs a file "
+                 "saved by a training run")
     print(f"weights from {path}", file=sys.stderr)
     model.to(device).eval().requires_grad_(False)
     return model, tokenizer, data
@@ -1346,7 +1343,7 @@ def translate_texts(model, tokenizer, data, args):
     texts = args.text
     if texts == ["-"]:
         if sys.stdin.isatty():
-            print("type German, one text on each line; Ctrl-D ends", file=sys.stderr)
+            print("type German, one text per line; Ctrl-D to end", file=sys.stderr)
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
         texts = sys.stdin
     all_translated = True
@@ -1402,7 +1399,7 @@ if __name__ == "__main__":
     args = parse_args(parser)
 
     # without training: --test, --line, --text (can be skipped)
-    if args.test or args.line is not None or args.text:
+    if args.test or args.line or args.text:
         if args.load:
             path = args.load
         else:
@@ -1414,7 +1411,7 @@ if __name__ == "__main__":
         data = args.data or data
         if args.text:
             sys.exit(0 if translate_texts(model, tokenizer, data, args) else 1)
-        if args.line is not None:
+        if args.line:
             translate_line(model, tokenizer, data, args)
             sys.exit()
         result = test(model, tokenizer, data, args)
@@ -1451,7 +1448,7 @@ if __name__ == "__main__":
             merges = checkpoint["merges"]
         except Exception as error:
             sys.exit(f"cannot resume from {checkpoint_path} ({type(error).__name__}): --resume "
-                     "needs the checkpoint of an interrupted training")
+                     "needs the checkpoint of an interrupted run")
     elif os.path.exists(checkpoint_path):
         sys.exit(f"{checkpoint_path} holds an unfinished run: continue it with --resume, "
                  "or delete the file")
@@ -1472,8 +1469,7 @@ if __name__ == "__main__":
         texts += [mark_capitals(english) for _, english in train_pairs]
         merges = learn_merges(texts, args.merges)
     elif checkpoint["checksum"] != checksum:
-        sys.exit(f"cannot resume from {checkpoint_path}: {args.data} is not the data of this "
-                 "training any more")
+        sys.exit(f"cannot resume from {checkpoint_path}: {args.data} is not the data of that run")
     tokenizer = Tokenizer(merges)
     if args.data != "toy":
         train_pairs += word_pairs(train_pairs)
@@ -1512,8 +1508,9 @@ if __name__ == "__main__":
         n_targets = sum(len(tgt) - 1 for _, tgt in batch)   # of all processes
         batch = batch[rank::world_size]
 
-        # forward: the mean loss of all targets. (world_size is 1 without torchrun. With it we need
-        # the sum of the gradients, and DistributedDataParallel averages them.)
+        # forward: the mean loss of all targets. (We need the sum of the gradients of all processes,
+        # but DistributedDataParallel averages them. Multiplying by world_size, which is 1 without
+        # torchrun, turns the average back into the sum.)
         loss = batch_loss(net, batch, args.device, label_smoothing=0.1) / n_targets * world_size
         if not loss.isfinite():
             sys.exit(f"step {step}: the loss is {loss.item()}, try a smaller --lr")
@@ -1526,7 +1523,7 @@ if __name__ == "__main__":
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
         optimizer.step()
 
-        # log and save a checkpoint, 20 times in all, and whenever a minute has passed
+        # log and save a checkpoint, about 20 times in all, and whenever a minute has passed
         if rank != 0:
             continue
         if step == 0:
