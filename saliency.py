@@ -4,11 +4,11 @@ Which pixels is a network without attention most sensitive to, and how can it be
 The gradient of the loss with respect to an image shows, for every pixel, how much the loss changes
 if the pixel changes a little. Where the gradient is large, the network is sensitive (saliency), and
 a small step along its signs can fool the network (adversarial example). Such gradients are
-sometimes called implicit attention: translate.py compares it with attention weights where the right
-answer is known.
+sometimes called implicit attention: translate.py compares them with attention weights where the
+right answer is known.
 
-The script draws four simple shapes on cluttered backgrounds, and trains a small network to tell
-them apart. So we know which pixels belong to the shape.
+The script draws four simple shapes on cluttered backgrounds, so we know which pixels belong to the
+shape, and trains a small network to tell the four apart.
 
 $ python saliency.py --load assets/saliency.pt      # trained weights: all results in seconds
 $ python saliency.py                                # train first, in less than a minute
@@ -111,9 +111,9 @@ def saliency_map(gradient):
 #
 # The scaled Jacobian is eps * g / max |g|: only the largest entry of g uses all of eps. Random
 # signs show what a change of the same size does without the gradient. An image has 3,072 values
-# instead of three. In the sign step all of them increase the loss, so many changes that are too
-# small to see add up. With random signs they mostly cancel: for n entries of equal size, the sign
-# step adds up n of them, and random signs about sqrt(n), here 3,072 and 55.
+# instead of three. In the sign step all of them increase the loss, so many small changes add up.
+# With random signs they mostly cancel: for n entries of equal size, the sign step adds up n of
+# them, and random signs about sqrt(n), here 3,072 and 55.
 def adversarial_example(model, x, target, eps):
     """Images in [0, 1], each value of x changed by at most eps so that the loss increases."""
     gradient, _ = calculate_jacobian(model, x, target)
@@ -132,14 +132,13 @@ def four_changes(gradient, eps):
 
 
 # --------------------------------------------------------------------------------------------------
-# Model: a small ResNet
+# Model: a small ResNet (He et al. 2016, https://arxiv.org/abs/1512.03385)
 #
-# A small ResNet (He et al. 2016, https://arxiv.org/abs/1512.03385). A convolution computes each
-# output pixel from a 3 x 3 square of its input, with the same weights everywhere. It has many
-# outputs for each pixel, the channels. With stride 2 it keeps every second row and column.
-# BatchNorm brings each channel to mean 0 and variance 1, so that its scale does not depend on the
-# layers before, and then applies a learned scale and bias. A residual connection adds a block's
-# input to its output, so that gradients get through deep networks.
+# A convolution computes each output pixel from a 3 x 3 square of its input, with the same weights
+# everywhere. It has many outputs for each pixel, the channels. With stride 2 it keeps every second
+# row and column. BatchNorm brings each channel to mean 0 and variance 1, so that its scale does not
+# depend on the layers before, and then applies a learned scale and bias. A residual connection adds
+# a block's input to its output, so that gradients get through deep networks.
 class BasicBlock(nn.Module):
     """Two convolutions, residual connection: (B, c_in, H, W) -> (B, c_out, H/stride, W/stride)."""
 
@@ -287,12 +286,12 @@ def make_images(n, upright=False):
 # middle of the image, so even a map that ignores the image finds many of them. The last column of
 # the table is the control: it scores the same maps against the shape of another image, which they
 # should not find. (The trained network's maps find more of these, because they point nearer to the
-# middle: 6 pixels from it on average, the untrained network's 11.)
+# middle: 6 pixels from it on average, against 11 before training.)
 #
 # - Trained network. The most salient pixel is nearly always within two pixels of the shape, but
 #   exactly on it in only a third of the images. Many others are in the gaps of the shape (inside
-#   the triangle, in the slot of the screw). Saliency shows where a *change* matters, and there it
-#   is larger than on the shape: painting the slot of the screw would make it a disc.
+#   the triangle, in the slot of the screw). Saliency shows where a *change* matters, and it is
+#   larger in the gaps than on the shape: painting the slot would make the screw a disc.
 # - Untrained network. It has learned nothing, yet its maps point at the image's own shape more
 #   often than at another's. A ReLU passes the gradient on only where its input is positive, which
 #   changes at an edge. So there the gradient varies most from pixel to pixel, and the shape has the
@@ -353,9 +352,9 @@ def measure_pointing(gradient, gradient_untrained, images, masks):
 #   because its size depends not on eps but on how unsure the network is: its first factor is
 #   p(target) - 1 (see `calculate_jacobian`), and for most images that is tiny.
 # - At eps = 16/255 random signs fool more images than the scaled Jacobian, because they change each
-#   value by eps, and it changes only one that much. If some random signs increase the loss, to
-#   first order the opposite signs decrease it. In fact they usually increase it as well. So for
-#   such strong noise the loss is far from linear.
+#   value by eps, and the scaled Jacobian only one. If some random signs increase the loss, to first
+#   order the opposite signs decrease it. In fact they usually increase it as well. So for such
+#   strong noise the loss is far from linear.
 EPS = [0, 2, 4, 8, 16]  # in units of 1/255
 
 
