@@ -73,7 +73,7 @@ def attention_loops(queries, keys, values):
 # numbers in them are independent with mean 0 and variance 1, each product has variance 1, so the
 # sum has variance d_k. Dividing by sqrt(d_k) brings the variance back to 1. Without the division,
 # wide vectors have large scores, and softmax saturates: it gives nearly all the weight to one key.
-# With 12 random keys of width 64, the largest weight is 0.86 on average (0.29 with the division).
+# With 12 random keys of width 64, the largest weight is 0.85 on average (0.29 with the division).
 # If one key has nearly all the weight, a small change in the scores hardly changes the weights, so
 # almost no gradient gets through.
 #
@@ -129,12 +129,13 @@ def attention(q, k, v, mask=None, activation="softmax"):
 # --------------------------------------------------------------------------------------------------
 # A dictionary that learns how to compare
 #
-# Each query is one of the keys, rotated by an unknown rotation, plus noise, so the right key rarely
-# has the largest dot product. Two linear maps learn to undo the rotation. Every batch has new
-# random keys, so they cannot be memorized, and the maps have to learn how to compare. (Only the
+# Each query is one of the keys, turned by an unknown rotation or reflection, plus noise, so the
+# right key rarely has the largest dot product. Two linear maps learn to undo it. Every batch has
+# new random keys, so they cannot be memorized, and the maps have to learn how to compare. (Only the
 # product W_q.T @ W_k matters, because a score is query @ W_q.T @ W_k @ key.T. It has to become a
-# multiple of the inverse rotation, and a large multiple makes the weights sharp.) The values are
-# one-hot vectors, so the output is equal to the weights: a probability for each key.
+# multiple of the inverse, which turns a query back into its key, and a large multiple makes the
+# weights sharp.) The values are one-hot vectors, so the output is equal to the weights: a
+# probability for each key.
 class DifferentiableDictionary(nn.Module):
     """Attention with learned maps of query (..., T_q, d_model) and key (..., T_k, d_model)."""
 

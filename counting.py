@@ -75,13 +75,13 @@ class CountingModel(nn.Module):
 def make_sequences(n, length, vocab_size):
     """Random digits (n, length) such that all combinations of counts are equally likely.
 
-    With uniform digits, ten equal digits occur once in 3^9 = 19,683 sequences, too rarely to learn
-    a count of 10. So each sequence has its own digit probabilities, from the uniform Dirichlet
-    distribution: the lengths of the three pieces (for 3 digits) if the interval from 0 to 1 is cut
-    at two random places. To draw a digit, choose a random point and take the number of its piece.
-    The two cuts and the ten points are twelve independent uniform numbers. Sort them: the cuts are
-    equally likely to be any two of the twelve, and the counts are how many points lie before,
-    between and after them.
+    With uniform digits, ten equal digits occur once in 3^9 = 19,683 sequences, so training would
+    hardly see a count of 10. So each sequence has its own digit probabilities, from the uniform
+    Dirichlet distribution: the lengths of the three pieces (for 3 digits) if the interval from 0 to
+    1 is cut at two random places. To draw a digit, choose a random point and take the number of its
+    piece. The two cuts and the ten points are twelve independent uniform numbers. Sort them: the
+    cuts are equally likely to be any two of the twelve, and the counts are how many points lie
+    before, between and after them.
     """
     # on the CPU, because torch before version 2.13 has no Dirichlet distribution for mps
     dirichlet = torch.distributions.Dirichlet(torch.ones(n, vocab_size))
@@ -267,8 +267,8 @@ def show_counts(models, digits, vocab_size, path):
 #
 # The model sees only fractions. If half of the digits are 0s, 5 is right at length 10, but 2 at
 # length 4. It could be right at length 10 and wrong elsewhere. But trained at all lengths, its
-# queries attend mostly to the right digits, and its answers are a compromise that differs from run
-# to run.
+# queries attend mostly to the right digits, so every mean is nearly value(d), whatever the count,
+# and its answers are a compromise that differs from run to run.
 #
 # Trained at length 10 only, softmax can count by fractions, because 0.3 always means 3. For that a
 # query must give the other digits some weight, too, because value(d) alone is the same for every

@@ -19,8 +19,8 @@ $ python parity.py --d_model 16
 $ python parity.py --sweep        # how small can it get? 32 parameters pass 0.95 accuracy
 
 Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762. The main
-differences: no positions, no dropout, LayerNorm before each layer instead of after it, SiLU instead
-of ReLU.
+differences: no positions, no dropout (see translate.py), LayerNorm before each layer instead of
+after it, SiLU instead of ReLU.
 """
 
 import argparse
@@ -85,8 +85,8 @@ class MultiHeadSelfAttention(nn.Module):
 # LayerNorm takes the vector of one token, subtracts the mean of its numbers and divides by their
 # standard deviation. For example, (1, 3, 5, 7) has mean 4 and standard deviation 2.24 (the root of
 # 20 / 4) and becomes (-1.34, -0.45, 0.45, 1.34). So the next layer gets inputs on the same scale,
-# whatever earlier layers do. (Each feature then gets a learned weight and bias, 1 and 0 at the
-# start.)
+# and need not adapt whenever training changes the scale of earlier layers. (Each feature then gets
+# a learned weight and bias, 1 and 0 at the start.)
 #
 # A residual connection is the "x +" in x + f(x): a layer adds to its input instead of replacing it.
 # So a layer that has learned nothing yet does not destroy x, and the gradient reaches all earlier
@@ -94,9 +94,9 @@ class MultiHeadSelfAttention(nn.Module):
 #
 # The paper normalizes the sum, LayerNorm(x + f(x)), as translate.py does (post-norm). Here only the
 # input of f is normalized, x + f(LayerNorm(x)) (pre-norm). Each script follows the exercise sheet
-# (see README). With post-norm, every gradient passes through LayerNorms, and large models often do
-# not train without a warm-up (small steps at first). With pre-norm there is a path through the sums
-# alone, and they train without one (Xiong et al. 2020, https://arxiv.org/abs/2002.04745).
+# (see README). With post-norm, the gradients of the last layers are large at the start, and large
+# models often do not train without a warm-up (small steps at first). With pre-norm they are not,
+# and large models train without one (Xiong et al. 2020, https://arxiv.org/abs/2002.04745).
 class TransformerBlock(nn.Module):
     """Attention, then an MLP, each added to its input, (B, T, d_model) -> (B, T, d_model).
 
@@ -194,22 +194,23 @@ def one_string_per_count(seq_len, device="cpu"):
 # parity component of f; the figure shows its size. In the default run it stays below 0.00002 for
 # eighty steps. Meanwhile f fits chance differences: some numbers of ones are more frequent among
 # the 800 training strings than among all strings, others less, so in training parity is slightly
-# correlated with smooth functions. The loss falls to 0.6919, a little below ln 2 = 0.6931. This fit
-# bends f more and more, until it is no longer close to a polynomial of low degree, and within ten
-# steps the component grows from 0.00002 to 0.005 (step 90). The middle term, half of that, now
-# lowers the loss by more than the 0.0012 that the chance differences have gained, so from here on
-# gradient descent mainly increases the component. The growth feeds itself: f is proportional to the
-# weights and bias of the last layer, so if they grow by 1%, so does the component, and the larger
-# it is, the more the loss falls. (Without chance differences the plateau also ends, but later: see
-# README, exercise 1. The component is never exactly 0, so the loss has a small gradient along it
-# from the start.)
+# correlated with smooth functions. The loss falls to 0.6919, a little below ln 2 = 0.6931. The
+# differences jump from one number of ones to the next, so f bends more and more to fit them, until
+# it is no longer close to a polynomial of low degree, and within ten steps the component grows from
+# 0.00002 to 0.005 (step 90). The middle term, half of that, now lowers the loss by more than the
+# 0.0012 that the chance differences have gained, so from here on gradient descent mainly increases
+# the component. The growth feeds itself: f is proportional to the weights and bias of the last
+# layer, so if they grow by 1%, so does the component, and the larger it is, the more the loss
+# falls. (Without chance differences the plateau also ends, but later: see README, exercise 1. The
+# component is never exactly 0, so the loss has a small gradient along it from the start. To look at
+# all these numbers: `python -i parity.py`, then `components[90]`.)
 #
 # The loss spikes later because some steps are too large. By then f jumps by 10 to 20 between
 # neighboring numbers of ones, so small changes in the weights change it a lot. Adam's steps do not
 # shrink with the gradient, because Adam divides it by an average of its recent size. At step 243,
-# f(7) falls from 7.7 to -1.4, and all 120 strings with 7 ones are wrong. Their gradient is far
-# above that average, and brings f(7) back within two steps. (With a tenth of the learning rate from
-# step 215 on, this run has no more spikes.)
+# f(7) becomes negative, and all 120 strings with 7 ones are wrong. Their gradient is far above that
+# average, and corrects f(7) within two steps. (With a tenth of the learning rate from step 215 on,
+# this run has no more spikes.)
 @torch.no_grad()
 def exact_accuracy(model, seq_len):
     """The accuracy on all 2^T strings, computed from one string for each number of ones 0 ... T.

@@ -163,6 +163,14 @@ def test_half_precision_does_not_overflow():
     assert (weights == 0.5).all()
 
 
+def test_undivided_scores_of_wide_vectors_give_one_key_nearly_all_weight():
+    q = torch.randn(10_000, 1, 64)
+    k = torch.randn(10_000, 12, 64)
+    for factor, largest in [(math.sqrt(64), 0.85), (1, 0.29)]:
+        _, weights = attention(factor * q, k, k)
+        assert weights.amax(dim=-1).mean().item() == pytest.approx(largest, abs=0.01)
+
+
 def test_a_mask_of_numbers_is_refused():
     with pytest.raises(AssertionError, match="mask must be boolean, True = may attend"):
         attention(*queries_keys_values(), torch.ones(5, 7))
@@ -176,6 +184,10 @@ def test_the_dictionary_learns_to_compare(tmp_path):
     assert result["accuracy"] > 0.999
     assert values["test_target"].shape == (1000, 12)
     assert result["params"] == 2 * 32 * 32
+    model = values["model"]
+    product = model.w_q.weight.T @ model.w_k.weight
+    inverse = values["rotation"].T
+    assert F.cosine_similarity(product.flatten(), inverse.flatten(), dim=0) > 0.8
     assert logged_steps(output) == [0, 100]
     assert os.listdir(tmp_path) == ["attention_dictionary.png"]
 
@@ -313,6 +325,15 @@ def test_powers_of_the_count_below_the_tenth_have_no_parity_component():
         assert (component == 0) == (power < 10)
 
 
+def test_the_untrained_output_is_close_to_a_polynomial_of_degree_3():
+    model = parity.TransformerClassifier(2, 2, 8, 8, 2, 4, 2)
+    _, _, f = parity.exact_accuracy(model, 10)
+    f = f.double().unsqueeze(1)
+    powers = torch.linspace(-1, 1, 11).double().unsqueeze(1) ** torch.arange(4)
+    nearest = powers @ torch.linalg.lstsq(powers, f).solution
+    assert (f - nearest).norm() < 0.1 * (f - f.mean()).norm()
+
+
 @pytest.fixture(scope="module")
 def short_training(tmp_path_factory):
     """A training at length 4: the script's globals, what it printed, and the folder it wrote to."""
@@ -354,6 +375,20 @@ def test_the_smallest_networks_are_right_on_as_many_strings_as_claimed(params, n
     assert parity.count_right(model, 10) == n_right
     _, _, f = parity.exact_accuracy(model, 10)
     assert f.abs().min() > 0.1
+
+
+@torch.no_grad()
+def test_the_solution_with_58_parameters_gives_the_classifier_the_folded_count():
+    model = saved_classifier(58)
+    strings, _, _ = parity.one_string_per_count(10)
+    x = model.transformer_model(model.token_embedding(strings))
+    folded = (1 - torch.arange(11) / 5).abs()
+    assert_close(model.final_layer_norm(x).mean(dim=1)[:, 0], folded, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("n_layers", [0, 1])
+def test_at_width_1_all_strings_look_alike(n_layers):
+    assert parity.count_right(classifier(1, 1, 1, 1, n_layers), 10) == 512
 
 
 def test_a_classifier_without_a_block_has_as_many_parameters_as_its_formula_says():
@@ -650,6 +685,16 @@ def test_word_dropout_zeroes_whole_tokens_at_half_the_rate():
     dropped = model.embed(torch.full((500, 4), 5)) == 0
     assert (dropped == dropped[..., :1]).all()
     assert dropped.float().mean().item() == pytest.approx(0.4, abs=0.05)
+
+
+@torch.no_grad()
+def test_the_untrained_model_predicts_the_token_that_it_has_just_read():
+    model = translate.TransformerModel(8259, 100, 192, 4, 3, 3)
+    tokens = torch.randint(3, 8259, (8, 12))
+    logits, _ = model(tokens, tokens)
+    assert (logits.argmax(dim=-1) == tokens).float().mean() > 0.8
+    own = logits.gather(-1, tokens.unsqueeze(-1))
+    assert own.mean().item() == pytest.approx(9, abs=1)
 
 
 def test_decoding_with_the_cache_equals_decoding_at_once_so_no_token_sees_a_later_one():
@@ -1375,8 +1420,42 @@ def test_everyday_sentences_come_out_right(everyday_model):
     assert translate.translate(*everyday_model, list(EVERYDAY), 5) == list(EVERYDAY.values())
 
 
-# What people type: names that the corpus does not have, random numbers, and common words. README
-# has the results of beam search.
+@pytest.mark.parametrize("german, english", [
+    ("Ich wohne in Köln.", "I live in coles."),
+    ("Den Mann beißt der Hund.", "The man bites the dog.")])
+def test_the_mistakes_in_the_readme_are_those_of_the_model(german, english, everyday_model):
+    assert translate.translate(*everyday_model, [german], 5) == [english]
+
+
+def test_the_heads_attend_to_what_the_caption_in_the_readme_says(everyday_model, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("translate.plot_attention", lambda *args, **_: drawn.extend(args))
+    german = "Gestern hat mir mein Vater ein Buch gegeben."
+    translate.plot_cross_attention(*everyday_model, german, 5, "out/x")
+    weights, source, written, _ = drawn
+    attended = {}
+    for t, token in enumerate(written):
+        attended[token] = [source[i] for i in weights[:, t].argmax(dim=-1)]
+    assert attended["_gave"] == ["_gegeben"] * 4
+    assert attended["_me"][3] == "_mir"
+    assert attended["_yesterday"][3] == "_gestern"
+    assert attended["_a"][0] == "_buch"
+
+
+def test_positions_and_tokens_use_mostly_different_directions(everyday_model):
+    model, _ = everyday_model
+    positions = model.position_embedding.weight[:20]
+    tokens = model.token_embedding.weight[3:]
+    _, _, directions = torch.linalg.svd(positions - positions.mean(dim=0))
+    kept = []
+    for x in (positions, tokens):
+        x = x - x.mean(dim=0)
+        projected = x @ directions[:10].T
+        kept.append((projected.square().sum() / x.square().sum()).item())
+    assert kept == pytest.approx([0.81, 0.03], abs=0.01)
+
+
+# What people type: new names, random numbers, and common words.
 NEW_NAMES = ("Anja Bastian Carolin Detlef Elif Falko Gundula Henrike Ingmar Jannik Kordula "
              "Leonhard Mareike Norbert Quirin Roswitha Svenja Thorben Wiebke Zoran").split()
 OTHER_NAMES = ["Jürgen", "Björn", "Günther", "Käthe Schäfer", "Jörg Müller", "Ayşe Yılmaz",
@@ -1424,7 +1503,7 @@ def names_and_numbers():
 def test_most_new_names_and_numbers_are_kept_and_single_words_translated(everyday_model):
     pairs = names_and_numbers()
     sentences = [sentence for sentence, _ in pairs] + list(SINGLE_WORDS)
-    translations = translate.translate(*everyday_model, sentences, beam=1)
+    translations = translate.translate(*everyday_model, sentences, beam=5)
     kept = []
     for (_, to_keep), translation in zip(pairs, translations):
         # a price may have a point, and a number a comma after the thousands
@@ -1433,10 +1512,8 @@ def test_most_new_names_and_numbers_are_kept_and_single_words_translated(everyda
     for right, translation in zip(SINGLE_WORDS.values(), translations[180:]):
         words = re.findall(r"\w+", translation.lower())
         n_right += len(words) <= 2 and not set(right.split()).isdisjoint(words)
-    assert sum(kept[:60]) >= 40
-    assert sum(kept[60:120]) >= 30
-    assert sum(kept[120:]) >= 48
-    assert n_right >= 28
+    results = [sum(kept[:60]), sum(kept[60:120]), sum(kept[120:]), n_right]
+    assert results == pytest.approx([47, 44, 60, 40], abs=2)    # as the README says
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1605,6 +1682,36 @@ def test_trained_maps_point_nearer_to_the_middle_than_untrained_ones(name, expec
     best = saliency.saliency_map(loaded[0][name]).flatten(1).argmax(dim=1)
     distances = torch.hypot(best // 32 - 15.5, best % 32 - 15.5)
     assert distances.mean().item() == pytest.approx(expected, abs=0.5)
+
+
+def test_large_gradients_of_untrained_networks_are_most_frequent_at_the_shape():
+    images, labels, masks = saliency.make_images(100)
+    at_shape = F.max_pool2d(masks.float(), 3, stride=1, padding=1) == 1  # or one pixel away
+    ratios = torch.zeros(12, 2)
+    for i in range(12):
+        network = saliency.small_resnet(4).eval()
+        gradient, _ = saliency.calculate_jacobian(network, images, labels)
+        size = gradient.norm(dim=1)
+        size = size / size.mean(dim=(1, 2), keepdim=True)
+        large = (size > size.quantile(0.99)).float()
+        ratios[i, 0] = size[at_shape].mean() / size[~at_shape].mean()
+        ratios[i, 1] = large[at_shape].mean() / large[~at_shape].mean()
+    assert ratios.mean(dim=0).tolist() == pytest.approx([1.1, 2.0], rel=0.15)
+
+
+@torch.no_grad()
+def test_strong_random_signs_and_the_opposite_ones_both_increase_the_loss(loaded):
+    values, output = loaded
+    row = re.search("16/255.*", output)[0].split()
+    assert row[4] < row[2]      # random signs, scaled Jacobian
+    x = values["images"][:200]
+    change = 16 / 255 * torch.randn_like(x).sign()
+    losses = []
+    for changed in (x, x + change, x - change):
+        logits = values["model"](changed.clamp(0, 1)).double()
+        losses.append(F.cross_entropy(logits, values["labels"][:200], reduction="none"))
+    before, after, opposite = losses
+    assert (opposite > before)[after > before].float().mean() > 0.9
 
 
 @torch.no_grad()
