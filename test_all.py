@@ -8,7 +8,6 @@ import argparse
 import collections
 import contextlib
 import hashlib
-import http.client
 import inspect
 import io
 import itertools
@@ -171,11 +170,6 @@ def test_undivided_scores_of_wide_vectors_give_one_key_nearly_all_weight():
         assert weights.amax(dim=-1).mean().item() == pytest.approx(largest, abs=0.01)
 
 
-def test_a_mask_of_numbers_is_refused():
-    with pytest.raises(AssertionError, match="mask must be boolean, True = may attend"):
-        attention(*queries_keys_values(), torch.ones(5, 7))
-
-
 def test_the_dictionary_learns_to_compare(tmp_path):
     seed = 2 ** 63 - 1  # the largest one
     values, output = run("attention.py", "--steps", 200, "--seed", seed, "--out_dir", tmp_path)
@@ -192,37 +186,13 @@ def test_the_dictionary_learns_to_compare(tmp_path):
     assert os.listdir(tmp_path) == ["attention_dictionary.png"]
 
 
-def test_a_heatmap_shows_labels_and_marks_and_all_weights_on_one_scale(figures):
-    weights = torch.rand(2, 2, 3)
-    marks = torch.zeros(2, 3).bool()
-    marks[1, 0] = True
-    attention_script.plot_attention(weights, list("abc"), list("yz"), io.BytesIO(),
-                                    titles=["one", "two"], marks=marks)
-    for i, axis in enumerate(figures[0].axes[:2]):
-        assert [label.get_text() for label in axis.get_xticklabels()] == list("abc")
-        assert [label.get_text() for label in axis.get_yticklabels()] == list("yz")
-        assert (axis.get_xlabel(), axis.get_ylabel()) == ("key", "query")
-        assert axis.get_title() == ["one", "two"][i]
-        assert axis.images[0].get_array().tolist() == weights[i].tolist()
-        assert axis.images[0].get_clim() == (0.0, weights.max().item())
-        assert axis.collections[0].get_offsets().tolist() == [[0, 1]]  # key 0, query 1
-
-
-def parse(monkeypatch, *options):
-    monkeypatch.setattr("sys.argv", ["script", *options])
-    return attention_script.parse_args(argparse.ArgumentParser(description="What it does"))
-
-
-def test_every_line_is_printed_at_once_and_unprintable_characters_are_escaped(monkeypatch):
+def test_output_is_flushed_and_escaped_and_ctrl_c_ends_a_script_quietly(monkeypatch):
     file = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(file, encoding="cp1252", newline="\n"))
-    parse(monkeypatch)
+    monkeypatch.setattr("sys.argv", ["script"])
+    attention_script.parse_args(argparse.ArgumentParser(description="What it does"))
     print("ä \u2192")
     assert file.getvalue() == b"\xe4 \\u2192\n"
-
-
-def test_ctrl_c_and_a_closed_pipe_end_a_script_without_a_traceback(monkeypatch):
-    parse(monkeypatch)
     assert [signal.getsignal(name) for name in SIGNALS] == [signal.SIG_DFL] * len(SIGNALS)
 
 
@@ -247,24 +217,14 @@ def test_a_folder_that_exists_but_cannot_be_written_is_named(tmp_path, monkeypat
         make_folder(tmp_path)
 
 
-@pytest.mark.parametrize("error", [
-    TimeoutError("stalls"), http.client.BadStatusLine("nonsense"), RuntimeError("wrong SHA-256")])
-def test_a_download_that_fails_says_what_to_do(error, monkeypatch):
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
-    message = "cannot download .*/file .*: try again, or save the file as data/file yourself"
-    with pytest.raises(SystemExit, match=message):
-        download("https://example.org/file", "data", "0" * 64)
-    assert socket.getdefaulttimeout() == 30
-
-
 def test_a_file_is_downloaded_and_checked_once(tmp_path):
     source = tmp_path / "file"
     source.write_bytes(b"content")
-    path = tmp_path / "data" / "file"
-    arguments = (source.as_uri(), str(tmp_path / "data"), hashlib.sha256(b"content").hexdigest())
+    folder = tmp_path / "data"
+    path = folder / "file"
+    with pytest.raises(SystemExit, match=f"^cannot download .*: try again, or save .* as {path}"):
+        download(source.as_uri(), str(folder), "0" * 64)
+    arguments = (source.as_uri(), str(folder), hashlib.sha256(b"content").hexdigest())
     assert download(*arguments) == str(path)
     assert path.read_bytes() == b"content"
     source.unlink()
@@ -272,6 +232,7 @@ def test_a_file_is_downloaded_and_checked_once(tmp_path):
     path.write_bytes(b"half")
     with pytest.raises(SystemExit, match=f"^{path} is not the file from .*: delete it"):
         download(*arguments)
+    assert socket.getdefaulttimeout() == 30
 
 
 # --------------------------------------------------------------------------------------------------
@@ -391,12 +352,6 @@ def test_at_width_1_all_strings_look_alike(n_layers):
     assert parity.count_right(classifier(1, 1, 1, 1, n_layers), 10) == 512
 
 
-def test_a_classifier_without_a_block_has_as_many_parameters_as_its_formula_says():
-    for n in range(1, 6):
-        model = classifier(n, 1, 1, 1, 0)
-        assert sum(p.numel() for p in model.parameters()) == n ** 2 + 7 * n + 2
-
-
 def test_a_hidden_unit_is_silu_of_w_x_plus_b():
     x = torch.tensor([2.0, 5.0])
     units = parity.hidden_units(x, torch.tensor([3.0]), torch.tensor([1.0]))
@@ -495,12 +450,10 @@ def test_softmax_learns_to_count_at_a_single_length():
     assert counting.accuracy(model, counting.all_sequences(5, 3), 3) > 0.95
 
 
-def test_equal_weights_stay_1_half_in_training_and_do_not_count():
-    model = counting.train(counting_options(), "equal weights")
-    sequences = counting.all_sequences(5, 3)
-    _, weights = model(F.one_hot(sequences, 3).float())
+def test_equal_weights_stay_1_half_in_training():
+    model = counting.train(counting_options(steps=20), "equal weights")
+    _, weights = model(F.one_hot(counting.all_sequences(5, 3), 3).float())
     assert (weights == 0.5).all()
-    assert 0.05 < counting.accuracy(model, sequences, 3) < 0.95
 
 
 def test_all_combinations_of_counts_are_equally_frequent():
@@ -572,9 +525,6 @@ def test_half_of_the_batches_have_the_full_length_and_the_others_any_length(monk
     assert 210 < count[2, 5] < 270  # expected: 200 + 200/5
     for length in (1, 2, 3, 4):
         assert 20 < count[2, length] < 60  # 200/5
-    batches.clear()
-    counting.train(counting_options(steps=9), "sigmoid", all_lengths=False)
-    assert batches == [(256, 5)] * 9
 
 
 def test_the_heatmaps_have_weights_dots_at_the_true_digits_and_wrong_counts_in_red(figures):
@@ -1118,26 +1068,26 @@ def test_the_counterfactuals_of_the_readme_come_out_as_its_answers_say(toy_model
     assert translate.translate(*toy_model, [german], 5) == [english]
 
 
-def test_the_heatmap_shows_the_weights_of_the_translation_and_marks_the_right_words(
-        toy_model, monkeypatch):
+def test_the_heatmap_of_a_line_shows_its_weights_and_marks_the_right_words(toy_model, figures):
     model, tokenizer = toy_model
     german, english, alignment = translate.toy_pair(2)
-    drawn = []
-    monkeypatch.setattr("translate.plot_attention",
-                        lambda *args, marks, **_: drawn.extend([*args, marks]))
-    translate.plot_cross_attention(model, tokenizer, german, 1, "out/x", english, alignment)
-    weights, source_labels, written_labels, _, marks = drawn
+    translate.plot_cross_attention(model, tokenizer, german, 1, "out/x.png", english, alignment)
     src = torch.tensor([translate.encode_source(tokenizer, german)])
     english_tokens = tokenizer.encode(translate.mark_capitals(english))
     _, expected = model(src, torch.tensor([[translate.BOS] + english_tokens]))
-    assert_close(weights, expected[0])
-    assert " ".join(source_labels) == "_ein _kleines _maedchen _besucht _den _koenig . <eos>"
-    assert " ".join(written_labels) == "↑ _a _small _girl _visits _the _king . <eos>"
-    assert marks.nonzero().tolist() == [[t + 1, s] for t, [s] in enumerate(alignment)]
+    for axis, weights in zip(figures[0].axes, expected[0]):
+        assert_close(torch.tensor(axis.images[0].get_array()).float(), weights)
+        assert axis.images[0].get_clim() == pytest.approx((0.0, expected.max().item()))
+        source_labels = [label.get_text() for label in axis.get_xticklabels()]
+        written_labels = [label.get_text() for label in axis.get_yticklabels()]
+        assert " ".join(source_labels) == "_ein _kleines _maedchen _besucht _den _koenig . <eos>"
+        assert " ".join(written_labels) == "↑ _a _small _girl _visits _the _king . <eos>"
+        dots = axis.collections[0].get_offsets().tolist()
+        assert dots == [[s, t + 1] for t, [s] in enumerate(alignment)]
 
 
 def test_the_shipped_toy_model_translates_and_finds_the_source_words(toy_model, monkeypatch):
-    monkeypatch.setitem(translate.N_TOY_LINES, "test", 3000)
+    monkeypatch.setitem(translate.N_TOY_LINES, "test", 1000)
     args = argparse.Namespace(out_dir="out", beam=1)
     result = result_of("result: " + translate.test(*toy_model, "toy", args))
     assert result["exact"] > 0.95
@@ -1205,20 +1155,13 @@ def test_the_tokenizer_learns_from_the_training_part_of_both_languages(trained, 
     assert trained[1]["merges"] == translate.learn_merges(texts, 50)
 
 
-def test_weights_that_were_just_trained_are_used_with_load(trained, pairs_file, capsys):
+def test_weights_that_were_just_trained_are_used_with_load(trained, capsys):
     weights = trained[0] / "translate_pairs.tsv.pt"
     assert f"try: python translate.py --test --load {weights}" in trained[2]
     _, output = run("translate.py", "--test", "--load", weights)     # the file knows its data
     assert set(result_of(output)) == {"exact", "bleu", "params", "seconds"}
     assert f"weights from {weights}" in capsys.readouterr().err
-
-
-def test_a_missing_text_file_is_named_with_load_and_data_replaces_it(trained):
-    weights = torch.load(trained[0] / "translate_pairs.tsv.pt", weights_only=True)
-    torch.save({**weights, "data": "gone.tsv"}, "weights.pt")
-    with pytest.raises(SystemExit, match="cannot read gone.tsv, use --data with another file"):
-        run("translate.py", "--load", "weights.pt", "--line", 1)
-    _, output = run("translate.py", "--load", "weights.pt", "--data", "toy", "--line", 7)
+    _, output = run("translate.py", "--load", weights, "--data", "toy", "--line", 7)
     assert "source:      Den klugen Lehrer hat der König gestern besucht." in output
 
 
@@ -1230,14 +1173,6 @@ def test_a_line_says_whether_its_pair_would_be_scored(n, held_out, toy_model, ca
     args = argparse.Namespace(line=n, beam=1, plot=False)
     translate.translate_line(*toy_model, "pairs.tsv", args)
     assert capsys.readouterr().out.endswith(f"held out:    {held_out}\n")
-
-
-def test_a_line_is_drawn_unless_it_is_too_long(toy_model, pairs_file, capsys):
-    for data, n in [("toy", 7), (pairs_file, 300)]:
-        args = argparse.Namespace(line=n, beam=1, plot=True, out_dir="out")
-        translate.translate_line(*toy_model, data, args)
-    assert os.listdir("out") == ["translate_toy.png"]
-    assert "translation: \n" in capsys.readouterr().out
 
 
 def test_a_text_that_is_too_long_is_named_and_the_status_is_1(capsys):
@@ -1274,26 +1209,14 @@ def test_weights_are_saved_and_evaluated_in_half_precision(trained):
         assert torch.equal(saved["weights"][name].float(), parameter)
 
 
-def test_the_loss_of_training_is_the_smoothed_mean_over_all_targets(one_step):
-    values, _ = one_step
+def test_a_step_takes_the_smoothed_mean_loss_of_all_targets_and_limits_the_gradient_to_1(one_step):
+    values, norm = one_step
     n_targets = sum(len(tgt) - 1 for _, tgt in values["batch"])
     loss = translate.batch_loss(values["net"], values["batch"], "cpu", 0.1) / n_targets
     assert values["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
-
-
-def test_the_norm_of_the_gradient_is_limited_to_1(one_step):
-    values, norm = one_step
     norms = torch.stack([p.grad.norm() for p in values["net"].parameters()])
     assert norm > 1
     assert norms.norm().item() == pytest.approx(1, rel=1e-3)
-
-
-def test_a_save_that_fails_keeps_the_old_file(tmp_path):
-    path = tmp_path / "weights"
-    path.write_text("old")
-    with pytest.raises(Exception, match="pickle"):
-        translate.save(lambda: "a function cannot be saved", str(path))
-    assert path.read_text() == "old"
 
 
 @pytest.fixture(scope="module")
@@ -1383,11 +1306,11 @@ def test_lines_of_standard_input_are_translated_in_order(monkeypatch):
     assert output == "The horse chases the old mouse.\n\nThe dog wakes the bird.\n"
 
 
-def test_every_text_gets_its_own_heatmap(toy_model):
-    texts = ["Der Hund jagt mich.", "Hunde!"]
+def test_every_text_that_is_translated_gets_its_own_heatmap(toy_model):
+    texts = ["Der Hund jagt mich.", "x" * 99, "Hunde!"]
     args = argparse.Namespace(text=texts, beam=1, plot=True, out_dir="out")
-    assert translate.translate_texts(*toy_model, "toy", args)
-    assert set(os.listdir("out")) == {"translate_toy_1.png", "translate_toy_2.png"}
+    assert not translate.translate_texts(*toy_model, "toy", args)
+    assert set(os.listdir("out")) == {"translate_toy_1.png", "translate_toy_3.png"}
 
 
 EVERYDAY = {
@@ -1420,11 +1343,10 @@ def test_everyday_sentences_come_out_right(everyday_model):
     assert translate.translate(*everyday_model, list(EVERYDAY), 5) == list(EVERYDAY.values())
 
 
-@pytest.mark.parametrize("german, english", [
-    ("Ich wohne in Köln.", "I live in coles."),
-    ("Den Mann beißt der Hund.", "The man bites the dog.")])
-def test_the_mistakes_in_the_readme_are_those_of_the_model(german, english, everyday_model):
-    assert translate.translate(*everyday_model, [german], 5) == [english]
+def test_the_mistakes_in_the_readme_are_those_of_the_model(everyday_model):
+    sentences = ["Ich wohne in Köln.", "Den Mann beißt der Hund."]
+    translations = translate.translate(*everyday_model, sentences, 5)
+    assert translations == ["I live in coles.", "The man bites the dog."]
 
 
 def test_the_heads_attend_to_what_the_caption_in_the_readme_says(everyday_model, monkeypatch):
@@ -1501,6 +1423,7 @@ def names_and_numbers():
 
 
 def test_most_new_names_and_numbers_are_kept_and_single_words_translated(everyday_model):
+    torch.set_num_threads(2)    # much to compute
     pairs = names_and_numbers()
     sentences = [sentence for sentence, _ in pairs] + list(SINGLE_WORDS)
     translations = translate.translate(*everyday_model, sentences, beam=5)
@@ -1549,11 +1472,6 @@ def test_each_image_gets_the_gradient_that_it_has_alone():
         assert_close(gradient[i], image.grad[0], rtol=0, atol=1e-12)
     assert_close(logits, model(x))
     assert not logits.requires_grad
-
-
-def test_a_model_in_training_mode_is_refused():
-    with pytest.raises(AssertionError, match="eval"):
-        saliency.calculate_jacobian(small_network(), *small_images(2))
 
 
 @pytest.mark.parametrize("target, expected", [(0, [-2, 1, 1]), (1, [1, -1, 0])])
@@ -1634,19 +1552,6 @@ def test_in_each_color_the_shape_is_brighter_than_the_whole_background_or_darker
             assert inside.min() > outside.max() or inside.max() < outside.min()
 
 
-def test_shapes_are_moved_by_at_most_7_pixels_rotated_and_up_to_9_pixels_large():
-    _, labels, masks = saliency.make_images(400)
-    bars = masks[labels == saliency.CLASSES.index("bars")].float()
-    center_x = (bars * U).sum(dim=(1, 2)) / bars.sum(dim=(1, 2))
-    center_y = (bars * V).sum(dim=(1, 2)) / bars.sum(dim=(1, 2))
-    for center in (center_x, center_y):
-        assert 6 < center.max() < 7.5 and -7.5 < center.min() < -6
-    area = bars.sum(dim=(1, 2)) / (1.6 * 0.88)  # of a square as wide as the radius
-    assert 36 < area.min() < 50 and 74 < area.max() < 88
-    wide = bars.amax(dim=1).sum(dim=1) > bars.amax(dim=2).sum(dim=1)
-    assert 0.2 < wide.float().mean() < 0.8
-
-
 def test_pointing_allows_for_two_pixels():
     masks = torch.zeros(4, 9, 9, dtype=torch.bool)
     masks[:, 4, 4] = True
@@ -1696,7 +1601,9 @@ def test_large_gradients_of_untrained_networks_are_most_frequent_at_the_shape():
         large = (size > size.quantile(0.99)).float()
         ratios[i, 0] = size[at_shape].mean() / size[~at_shape].mean()
         ratios[i, 1] = large[at_shape].mean() / large[~at_shape].mean()
-    assert ratios.mean(dim=0).tolist() == pytest.approx([1.1, 2.0], rel=0.15)
+    mean_ratio, large_ratio = ratios.mean(dim=0)
+    assert 1.05 < mean_ratio < 1.2
+    assert 1.5 < large_ratio < 2.5
 
 
 @torch.no_grad()
@@ -1726,13 +1633,6 @@ def test_the_unscaled_jacobian_grows_with_the_doubt_of_the_network(loaded):
 
 # --------------------------------------------------------------------------------------------------
 # saliency.py: the script, and photographs
-@pytest.fixture(scope="module")
-def short_saliency_training(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saliency")
-    values, output = run("saliency.py", "--steps", 10, "--n_images", 100, "--out_dir", folder)
-    return values, output, folder
-
-
 def test_the_three_adversarial_examples_fool_the_network(loaded):
     values, _ = loaded
     names = ("images", "labels", "adversarial")
@@ -1755,37 +1655,29 @@ def test_a_circle_is_at_the_most_salient_pixel_and_the_title_of_a_wrong_predicti
     assert titles == [("r 0.333", "black"), ("r 0.333", "red")]
 
 
-def test_the_loss_of_step_0_is_nearly_that_of_a_uniform_prediction(short_saliency_training):
-    first = short_saliency_training[1].splitlines()[0]
-    loss, uniform = re.findall(r"\d\.\d+", first)
+def test_training_starts_near_ln_4_and_saves_its_weights(tmp_path):
+    values, output = run("saliency.py", "--steps", 10, "--n_images", 100, "--out_dir", tmp_path)
+    loss, uniform = re.findall(r"\d\.\d+", output.splitlines()[0])
     assert uniform == f"{math.log(4):.4f}"
     assert float(loss) == pytest.approx(math.log(4), abs=0.3)
+    assert values["loss"] < float(loss)
+    path = tmp_path / "saliency.pt"
+    assert f"--load {path}" in output
+    assert_close(torch.load(path, weights_only=True), values["model"].state_dict())
+    assert len(list(tmp_path.glob("*.png"))) == 3
 
 
-def test_loading_the_weights_prints_and_draws_what_training_did(short_saliency_training, tmp_path):
-    _, trained, folder = short_saliency_training
-    _, loaded = run("saliency.py", "--load", folder / "saliency.pt", "--n_images", 100,
-                    "--out_dir", tmp_path)
-    assert loaded[:loaded.index("saved")] in trained
-    assert f"--load {folder / 'saliency.pt'}" in trained
-    figures = sorted(folder.glob("*.png"))
-    assert len(figures) == 3
-    for path in figures:
-        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+def test_resnet18_has_the_keys_and_with_equal_weights_the_outputs_of_torchvision():
+    """The numbers are those of torchvision 0.28, for colors normalized as its weights ask.
 
-
-def test_resnet18_has_the_keys_and_shapes_of_torchvision():
-    """The checksum is that of torchvision 0.28: `name shape` for all of resnet18().state_dict()."""
-    state = saliency.ResNet18().state_dict()
+    The checksum is that of `name shape` for all of its resnet18().state_dict().
+    """
+    model = saliency.ResNet18().eval()
+    state = model.state_dict()
     lines = [f"{name} {tuple(value.shape)}" for name, value in state.items()]
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == \
         "84fb10d9c6905a1cbb020b284537dc97c4f4ec55fb2a780a41152a23a2dd0e9d"
-
-
-def test_resnet18_has_the_outputs_of_torchvision_with_equal_weights():
-    """The numbers are those of torchvision 0.28, for colors normalized as its weights ask."""
-    model = saliency.ResNet18().eval()
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         if value.is_floating_point():
             n = torch.arange(value.numel(), dtype=torch.float64).view(value.shape)
             wave = torch.sin(n * n * 0.1 + len(name))
@@ -1800,15 +1692,11 @@ def test_resnet18_has_the_outputs_of_torchvision_with_equal_weights():
     assert logits[:4].tolist() == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("mode, file_format, color, expected", [
-    ("RGB", "JPEG", (204, 102, 51), (0.8, 0.4, 0.2)),
-    ("L", "PNG", 51, (0.2, 0.2, 0.2))])  # gray
-def test_an_image_is_read_by_its_content_not_its_name(mode, file_format, color, expected, tmp_path):
+def test_an_image_is_read_by_its_content_not_its_name(tmp_path):
     path = tmp_path / "image.png"
-    matplotlib.image.PIL.Image.new(mode, (30, 30), color).save(path, file_format)
-    image = saliency.read_image(path)
-    expected = torch.tensor(expected).view(3, 1, 1).expand(3, 224, 224)
-    assert torch.allclose(image, expected, atol=0.02)
+    matplotlib.image.PIL.Image.new("RGB", (30, 30), (204, 102, 51)).save(path, "JPEG")
+    expected = torch.tensor([0.8, 0.4, 0.2]).view(3, 1, 1).expand(3, 224, 224)
+    assert torch.allclose(saliency.read_image(path), expected, atol=0.02)
 
 
 def save_gray(path, pixels):
@@ -1830,30 +1718,31 @@ def test_an_image_is_resized_to_256_and_its_center_is_kept(wide, tmp_path):
 
 
 def test_an_image_that_cannot_be_read_is_named_in_one_sentence(tmp_path):
-    half = tmp_path / "half.png"
-    save_gray(half, torch.rand(30, 30))
-    os.truncate(half, half.stat().st_size // 2)
     transparent = tmp_path / "transparent.png"
     matplotlib.image.PIL.Image.new("RGBA", (30, 30)).save(transparent)
     deep = tmp_path / "deep.tiff"
     matplotlib.image.PIL.Image.new("I;16", (30, 30), 13107).save(deep)
-    for path in (half, transparent, deep, tmp_path / "missing.png"):
+    for path in (transparent, deep, tmp_path / "missing.png"):
         with pytest.raises(SystemExit, match=f"cannot read {path}: no such file, or not 8-bit"):
             saliency.read_image(path)
 
 
-@pytest.mark.parametrize("photos, accuracy", [(["a.png"], "1.0000"), ([], "0.5000")])
 def test_photographs_have_the_labels_of_imagenet_and_your_own_the_predicted_class(
-        photos, accuracy, tmp_path, monkeypatch):
+        tmp_path, monkeypatch):
+    def network():
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1000))
+
     save_gray("a.png", torch.rand(30, 30))
     (tmp_path / "imagenet_classes.txt").write_text("name\n" * 1000)
-    model = saliency.ResNet18()
-    model.fc.bias.data[7] = 1000  # always predicts class 7
+    model = network()
+    model[2].bias.data[7] = 1000  # always predicts class 7
     torch.save(model.state_dict(), os.path.basename(saliency.WEIGHTS_URL))
+    monkeypatch.setattr("saliency.ResNet18", network)
     monkeypatch.setattr("saliency.download", lambda url, *_: os.path.basename(url))
     monkeypatch.setattr("saliency.PHOTOGRAPHS", [("a.png", 7, ""), ("a.png", 8, "")])
-    args = argparse.Namespace(photos=photos, load=None, eps=0.01, device="cpu", out_dir="out")
-    assert saliency.photographs(args).startswith(f"accuracy={accuracy} ")
+    for photos, accuracy in [(["a.png"], "1.0000"), ([], "0.5000")]:
+        args = argparse.Namespace(photos=photos, load=None, eps=0.01, device="cpu", out_dir="out")
+        assert saliency.photographs(args).startswith(f"accuracy={accuracy} ")
     assert len(os.listdir("out")) == 2
 
 
@@ -1867,19 +1756,15 @@ NO_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
     ("attention.py", "--steps -5", "argument --steps: invalid int from 1 to inf value: '-5'"),
     ("attention.py", f"--seed {2 ** 63}", "--seed: invalid int from 0 to 9223372036854775807"),
     ("attention.py", f"--device {NO_DEVICE}", "no such device"),
-    ("counting.py", "--lr nan", "argument --lr: invalid float from 0 to inf value: 'nan'"),
     ("counting.py", "--sequence=0,1,3", "expected 1 to 10 digits from 0 to 2"),
     ("counting.py", f"--sequence={'0,' * 11}", "expected 1 to 10 digits"),
     ("translate.py", "--dropout 1.5", "argument --dropout: invalid float from 0 to 1 value: '1.5'"),
     ("translate.py", "--n_heads 3", "--n_heads 3 does not divide --d_model 64"),
     ("translate.py", "--plot", "--load and --plot need --test, --line or --text"),
-    ("translate.py", "--line 0", "argument --line: invalid int from 1 to inf value: '0'"),
     ("translate.py", "--resume", "translate_toy.pt.checkpoint (FileNotFoundError): --resume needs"),
     ("translate.py", "--data missing.tsv", "cannot read missing.tsv"),
     ("translate.py", "--data missing.tsv --test", "no shipped weights for missing.tsv: use --load"),
-    ("translate.py", "--test --load missing.pt", "cannot load missing.pt (FileNotFoundError)"),
     ("saliency.py", "--photos missing.jpg", "cannot read missing.jpg"),
-    ("saliency.py", "--load missing.pt", "cannot load missing.pt: --load needs a file"),
 ])
 def test_a_likely_mistake_gives_one_clear_sentence_and_leaves_no_file(
         script, options, message, tmp_path, capsys):
@@ -1917,14 +1802,11 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_replaces_no_file(
 @pytest.mark.parametrize("load", [
     lambda path: translate.load_model(str(path), "cpu"),
     lambda path: saliency.load_weights(saliency.small_resnet(4), path)])
-def test_a_file_with_other_or_damaged_weights_is_named_in_one_sentence(load, tmp_path):
-    other = tmp_path / "other.pt"
-    torch.save(nn.Linear(2, 2).state_dict(), other)
-    damaged = tmp_path / "damaged.pt"
-    damaged.write_bytes(other.read_bytes()[:500])
-    for path in (other, damaged):
-        with pytest.raises(SystemExit, match=f"cannot load {path}.*: --load needs"):
-            load(path)
+def test_a_file_with_other_weights_is_named_in_one_sentence(load, tmp_path):
+    path = tmp_path / "other.pt"
+    torch.save(nn.Linear(2, 2).state_dict(), path)
+    with pytest.raises(SystemExit, match=f"cannot load {path}.*: --load needs"):
+        load(path)
 
 
 def readme_outputs():
