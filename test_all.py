@@ -355,7 +355,8 @@ def test_at_width_1_all_strings_look_alike(n_layers):
 def test_a_hidden_unit_is_silu_of_w_x_plus_b():
     x = torch.tensor([2.0, 5.0])
     units = parity.hidden_units(x, torch.tensor([3.0]), torch.tensor([1.0]))
-    assert_close(units, torch.stack([F.silu(torch.tensor([7.0, 16.0])), torch.ones(2)], dim=1))
+    silu = F.silu(torch.tensor([7.0, 16.0]))
+    assert_close(units, torch.stack([silu, torch.ones(2)], dim=1))
 
 
 def test_more_rounds_of_the_search_get_nearer_to_the_targets():
@@ -535,7 +536,8 @@ def test_the_heatmaps_have_weights_dots_at_the_true_digits_and_wrong_counts_in_r
         assert axis.get_title() == title
         assert_close(torch.tensor(axis.images[0].get_array()), weights[0].double())
         assert axis.images[0].get_clim() == (0, pytest.approx(weights.max().item()))
-        assert axis.collections[0].get_offsets().tolist() == [[0, 1], [1, 1], [2, 2], [3, 1]]
+        dots = axis.collections[0].get_offsets().tolist()
+        assert dots == [[0, 1], [1, 1], [2, 2], [3, 1]]
         assert [label.get_text() for label in axis.get_xticklabels()] == list("1121")
     labels = figures[0].axes[0].get_yticklabels()
     assert [label.get_text() for label in labels] == [
@@ -822,7 +824,11 @@ def test_every_digit_is_a_token():
 
 
 def test_a_batch_has_little_padding_and_an_epoch_has_every_sentence_once():
-    examples = [([5] * (n % 26 + 4), [5] * (n % 29 + 4) + [n]) for n in range(3000)]
+    examples = []
+    for n in range(3000):
+        src = [5] * (n % 26 + 4)
+        tgt = [5] * (n % 29 + 4) + [n]
+        examples.append((src, tgt))
     seen = []
     n_tokens = 0
     n_padded = 0
@@ -941,7 +947,10 @@ def test_words_that_mostly_occur_together_are_pairs():
 
 # --------------------------------------------------------------------------------------------------
 # translate.py: batches, loss, learning rate
-EXAMPLES = [([5, 6, 2], [1, 7, 8, 9, 2]), ([5, 2], [1, 4, 2])]
+EXAMPLES = [
+    ([5, 6, 2], [1, 7, 8, 9, 2]),
+    ([5, 2], [1, 4, 2]),
+]
 
 
 def test_label_smoothing_is_the_formula_and_padding_has_no_loss():
@@ -1435,8 +1444,11 @@ def test_most_new_names_and_numbers_are_kept_and_single_words_translated(everyda
     for right, translation in zip(SINGLE_WORDS.values(), translations[180:]):
         words = re.findall(r"\w+", translation.lower())
         n_right += len(words) <= 2 and not set(right.split()).isdisjoint(words)
-    results = [sum(kept[:60]), sum(kept[60:120]), sum(kept[120:]), n_right]
-    assert results == pytest.approx([47, 44, 60, 40], abs=2)    # as the README says
+    # as the README says
+    assert sum(kept[:60]) == pytest.approx(47, abs=2)
+    assert sum(kept[60:120]) == pytest.approx(44, abs=2)
+    assert sum(kept[120:]) == pytest.approx(60, abs=2)
+    assert n_right == pytest.approx(40, abs=2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1628,7 +1640,8 @@ def test_the_unscaled_jacobian_grows_with_the_doubt_of_the_network(loaded):
     loss = F.cross_entropy(logits, values["labels"][:100], reduction="none")
     doubt = -torch.expm1(-loss)  # 1 - p(target)
     largest = values["gradient"][:100].abs().amax(dim=(1, 2, 3))
-    assert torch.corrcoef(torch.stack([doubt.log(), largest.log()]))[0, 1] > 0.9
+    logarithms = torch.stack([doubt.log(), largest.log()])
+    assert torch.corrcoef(logarithms)[0, 1] > 0.9
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1644,7 +1657,8 @@ def test_the_three_adversarial_examples_fool_the_network(loaded):
 def test_a_circle_is_at_the_most_salient_pixel_and_the_title_of_a_wrong_prediction_is_red(figures):
     class Model(nn.Module):  # looks at one pixel, in bright images at another
         def forward(self, x):
-            return torch.where(x.mean(dim=(2, 3)) > 0.5, x[:, :, 7, 1], x[:, :, 2, 5])
+            is_bright = x.mean(dim=(2, 3)) > 0.5
+            return torch.where(is_bright, x[:, :, 7, 1], x[:, :, 2, 5])
 
     x = torch.tensor([0.2, 0.8]).view(2, 1, 1, 1).expand(2, 3, 9, 9)
     saliency.plot_samples(Model().eval(), x, torch.tensor([0, 1]), "rgb", io.BytesIO())
