@@ -1174,7 +1174,7 @@ def test_weights_that_were_just_trained_are_used_with_load(trained, capsys):
     assert "source:      Den klugen Lehrer hat der König gestern besucht." in output
 
 
-@pytest.mark.parametrize("n, held_out", [(1, "no"), (6, "yes"), (5, "no")])
+@pytest.mark.parametrize("n, held_out", [(1, "no"), (6, "yes"), (5, "no"), (7, "no")])
 def test_a_line_says_whether_its_pair_would_be_scored(n, held_out, toy_model, capsys):
     lines = [f"{english}\t{german}\n" for german, english in PAIRS]
     with open("pairs.tsv", "w", encoding="utf-8") as file:
