@@ -1107,7 +1107,7 @@ def test_the_shipped_toy_model_translates_and_finds_the_source_words(toy_model, 
 # --------------------------------------------------------------------------------------------------
 # translate.py: the script
 TINY = ("--d_model 16 --n_heads 2 --n_enc_layers 1 --n_dec_layers 1 --merges 50 --lr 0.03 "
-        "--batch_tokens 300 --beam 1 --steps 40").split()
+        "--batch_tokens 300 --beam 1 --steps 60").split()
 
 
 @pytest.fixture(scope="module")
@@ -1149,10 +1149,10 @@ def one_step(pairs_file, tmp_path_factory):
 
 def test_training_starts_near_the_loss_of_a_uniform_prediction_and_learns(trained):
     _, values, output = trained
-    line = re.search(r"step 0/40: loss ([\d.]+), uniform prediction ln \d+ = ([\d.]+)", output)
+    line = re.search(r"step 0/60: loss ([\d.]+), uniform prediction ln \d+ = ([\d.]+)", output)
     assert float(line[1]) == pytest.approx(float(line[2]), abs=1)
     assert values["loss"] < float(line[1]) - 1.5
-    assert logged_steps(output) == [0, *range(2, 41, 2)]
+    assert logged_steps(output) == [0, *range(3, 61, 3)]
     assert len(re.findall(r", validation loss [\d.]+, about \d+ min left\n", output)) == 20
     assert set(result_of(output)) == {"exact", "bleu", "params", "seconds"}
 
@@ -1277,8 +1277,8 @@ def test_an_interrupted_training_is_resumed_bit_for_bit_with_its_own_options(
     folder = shutil.copytree(interrupted, tmp_path / "copy")
     values, output = run("translate.py", "--data", pairs_file, "--out_dir", folder, "--resume",
                          "--lr", 5, "--seed", 7)
-    assert output.startswith("steps 40, batch_tokens 300, lr 0.03, ")
-    assert values["first_step"] == 20
+    assert output.startswith("steps 60, batch_tokens 300, lr 0.03, ")
+    assert values["first_step"] == 30
     assert os.listdir(folder) == ["translate_pairs.tsv.pt"]     # no checkpoint
     whole = (trained[0] / "translate_pairs.tsv.pt").read_bytes()
     assert (folder / "translate_pairs.tsv.pt").read_bytes() == whole
