@@ -965,6 +965,10 @@ def test_label_smoothing_is_the_formula_and_padding_has_no_loss():
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_batch_is_made_on_the_device_of_the_model():
+    assert translate.pad([[5, 6], [7]], "meta").device.type == "meta"
+
+
 def test_the_validation_loss_is_the_mean_over_all_target_tokens():
     model = transformer()
     expected = translate.batch_loss(model, EXAMPLES, "cpu").item() / 6
