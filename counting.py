@@ -267,8 +267,8 @@ def show_counts(models, digits, vocab_size, path):
 #
 # The model sees only fractions. If half of the digits are 0s, 5 is right at length 10, but 2 at
 # length 4. It could be right at length 10 and wrong elsewhere. But trained at all lengths, its
-# queries attend mostly to the right digits, so every mean is nearly value(d), whatever the count,
-# and its answers are a compromise that differs from run to run.
+# queries attend mostly to the right digits, and its answers are a compromise that differs from run
+# to run.
 #
 # Trained at length 10 only, softmax can count by fractions, because 0.3 always means 3. For that a
 # query must give the other digits some weight, too, because value(d) alone is the same for every
